@@ -1,0 +1,163 @@
+"""The roles: one small class each, with shapes.
+
+Letters: b batch, n tokens or queries, m source tokens or keys, d width, h heads, g key/value heads (divides h),
+e key width per head, v value width per head, k clusters or slots, c chunk, V vocabulary. Batch first, heads second,
+features last. "#b" means b or 1.
+
+Conventions that hold everywhere:
+
+* ``mask`` ("b m", bool): True = real token, of the sequence that is mixed over (``context`` if given, else ``x``).
+  A mixer without the padding claim refuses a mask. A query without any allowed key gets zeros.
+* ``at`` ("#b n", int): logical positions of ``x``, default 0..n-1 (left padding, routed tokens, parallel windows).
+* ``causal`` is a constructor argument; a class without it has no causal form. With n != m it is aligned bottom-right.
+* State is a nested tuple of tensors with the batch as dimension 0 of every leaf, passed in and returned, never kept on
+  the module. ``step`` may consume the state it is given. Counters are tensors.
+* Parts return one tensor; anything else worth seeing goes through :func:`tevo.tap`.
+* A module may have ``after_step()``, called by the training loop after the optimiser.
+* A module may have ``no_decay() -> set[str]``: names of its own parameters that weight decay must not touch, beyond the
+  rule for all (vectors and scalars are never decayed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+State: TypeAlias = "Tensor | tuple[State, ...]"
+Sublayer: TypeAlias = Callable[[Tensor], Tensor]
+
+__all__ = [
+    "ChannelMixer",
+    "Heads",
+    "Loss",
+    "Normaliser",
+    "Objective",
+    "Position",
+    "Residual",
+    "Stack",
+    "State",
+    "Stateful",
+    "Sublayer",
+    "TokenMixer",
+]
+
+
+class TokenMixer(nn.Module):
+    """Tokens exchange information: ``Mix(X, Y)`` of the block."""
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """``x`` (b, n, d) mixed over itself, or over ``context`` (b, m, d), gives (b, n, d)."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a part offers only if its card claims ``exact_state`` or ``lossy_state``."""
+
+    def init_state(self, batch: int, *, context: Tensor | None = None, mask: Tensor | None = None) -> State:
+        """The state before the first token; with ``context`` (b, m, d) the state of cross-attention to it."""
+        ...
+
+    def step(
+        self, x: Tensor, state: State, *, mask: Tensor | None = None, at: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Advance by ``x`` (b, n, d): n = 1 decodes a token, larger n advances a segment. ``mask`` is that of ``x``."""
+        ...
+
+
+class ChannelMixer(nn.Module):
+    """Each token is transformed: ``FFN(X1)`` of the block. May be :class:`Stateful` (token shift, routing)."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """``x`` (b, n, d) gives (b, n, d)."""
+        raise NotImplementedError
+
+
+class Heads(nn.Module):
+    """Finer seat of softmax attention: how tokens become queries, keys and values, and how heads become tokens."""
+
+    def split(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x`` (b, n, d), ``context`` (b, m, d) give q (b, h, n, e), k (b, g, m, e), v (b, g, m, v)."""
+        raise NotImplementedError
+
+    def merge(self, o: Tensor) -> Tensor:
+        """``o`` (b, h, n, v) gives (b, n, d)."""
+        raise NotImplementedError
+
+
+class Normaliser(nn.Module):
+    """Finer seat of softmax attention: scores and how they become weights. Neutral form: scaled dot product, softmax."""
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        """Turned q (b, h, n, e), k (b, h, m, e) give scores (b, h, n, m), before the position bias."""
+        return q @ k.mT * q.shape[-1] ** -0.5
+
+    def forward(self, scores: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Scores (b, h, n, m) and ``allowed`` (bool, broadcastable to them) give weights (b, h, n, m).
+
+        A row without an allowed key gives zeros.
+        """
+        if allowed is None:
+            return scores.softmax(-1)
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        return weights.masked_fill(~allowed, 0.0)  # also turns the NaN of a row without keys into zeros
+
+
+class Position(nn.Module):
+    """Where order enters. Each of the three hooks is neutral unless overridden.
+
+    The bias is added to the scaled scores and sees q, k before ``turn``; a paper's other scaling goes into ``turn``.
+    A part whose card claims ``shared_across_layers`` is built once per model, otherwise once per layer.
+    """
+
+    def embed(self, x: Tensor, at: Tensor) -> Tensor:
+        """Token embeddings ``x`` (b, n, d) at positions ``at`` (#b, n) give (b, n, d)."""
+        return x
+
+    def turn(self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tensor]:
+        """q (b, h, n, e) at ``q_at`` (#b, n), k (b, g, m, e) at ``k_at`` (#b, m), same shapes back."""
+        return q, k
+
+    def bias(self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor | None:
+        """An addend (#b, #h, n, m) of the scaled scores, or None."""
+        return None
+
+
+class Residual(nn.Module):
+    """How the sublayers of a block are wired: residual connections and norms (pre, post, ReZero, B2T, parallel)."""
+
+    def forward(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+        """``x`` (b, n, d) through all sublayers of the block, each (b, n, d) -> (b, n, d)."""
+        raise NotImplementedError
+
+
+class Stack(nn.Module):
+    """Owns its blocks, because layers pass more than x to each other or the length changes."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """``x`` (b, n, d) gives (b, p, d)."""
+        raise NotImplementedError
+
+    def outputs(self, mask: Tensor | None, n: int) -> tuple[Tensor | None, int]:
+        """The mask (b, p) of the outputs (None: all real) and p, for inputs with ``mask`` (b, n)."""
+        return mask, n
+
+
+class Loss(NamedTuple):
+    """``total`` is minimised (nats per predicted item unless a name says bits); ``parts`` are logged."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """What is minimised. It opens :func:`tevo.record` itself where it needs taps."""
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
+        """``batch`` as the task makes it."""
+        raise NotImplementedError
