@@ -1,0 +1,139 @@
+"""Running exponential averages: the core of AFT and of RWKV-4's time mixing.
+
+    y_t = (e^{b_t} v_t + sum_{s<t} e^{k_s - (t-1-s) w} v_s) / (e^{b_t} + sum_{s<t} e^{k_s - (t-1-s) w}),   b_t = u + k_t
+
+and, without a bonus u, the plain decayed average whose current token weighs e^{k_t}:
+
+    y_t = sum_{s<=t} e^{k_s - (t-s) w} v_s / sum_{s<=t} e^{k_s - (t-s) w}
+
+Every exponent is taken relative to the running maximum m_t = max(m_{t-1} - w, k_t), which never looks at the future, so
+that no size of k overflows. Cost: O(n d) FLOPs; state: 3 d numbers. Source: arXiv:2305.13048, arXiv:2105.14103.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tevo.functional.scan import scan
+
+__all__ = ["WkvState", "sequential_wkv", "wkv", "wkv_state"]
+
+WkvState: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
+
+
+def wkv(
+    k: Tensor, v: Tensor, *, decay: Tensor, bonus: Tensor | None, state: WkvState | None = None
+) -> tuple[Tensor, WkvState]:
+    """Average v over the past with weights e^k that decay.
+
+    With the running maximum taken out, numerator and denominator are two diagonal recurrences with the same factors
+    e^{m_{t-1} - w - m_t} <= 1. Half precision is computed in float32; y comes back in the dtype of v, the state stays
+    in the wider one.
+
+    Args:
+        k: log-weights (b, n, d); -inf leaves a token out.
+        v: values (b, n, d).
+        decay: w (d,), what a log-weight loses per step, >= 0; the sums must not grow.
+        bonus: u (d,), added to the current token's log-weight in its own output only; None is the plain average.
+        state: (numerator, denominator, maximum), each (b, d), as returned; None is :func:`wkv_state`.
+
+    Returns:
+        y (b, n, d), zero where no token has been seen, and the state after the last token.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    dtype = v.dtype
+    k, v, decay, bonus, (num, den, top) = _prepare("wkv", k, v, decay, bonus, state)
+    n = k.shape[1]
+    with torch.no_grad():
+        # the result does not depend on the maxima, so they are constants to autograd, and need not be exact
+        fall = decay * torch.arange(1, n + 1, device=k.device, dtype=k.dtype)[:, None]  # n d
+        tops = torch.maximum((k + fall).cummax(1).values, top[:, None]) - fall if n else k  # b n d
+        earlier = _before(tops, top)
+    # without a token before, the sums are zero whatever the factor, which must only be finite
+    a = (_finite(earlier) - decay - _finite(tops)).masked_fill(earlier.isneginf(), -torch.inf).exp()
+    e = (k - _finite(tops)).exp()
+    nums, num_last = scan(a, e * v, num)
+    dens, den_last = scan(a, e, den)
+    if bonus is not None:
+        nums, dens = _with_bonus(k + bonus, v, _before(nums, num), _before(dens, den), earlier)
+    return _ratio(nums, dens).to(dtype), (num_last, den_last, tops[:, -1] if n else top)
+
+
+def sequential_wkv(
+    k: Tensor, v: Tensor, *, decay: Tensor, bonus: Tensor | None, state: WkvState | None = None
+) -> tuple[Tensor, WkvState]:
+    """The plain form of :func:`wkv`, one token after another: the reference, and the quicker one for single tokens."""
+    dtype = v.dtype
+    k, v, decay, bonus, (num, den, top) = _prepare("sequential_wkv", k, v, decay, bonus, state)
+    ys = []
+    for k_t, v_t in zip(k.unbind(1), v.unbind(1), strict=True):
+        if bonus is not None:
+            ys.append(_ratio(*_with_bonus(k_t + bonus, v_t, num, den, top)))
+        new = torch.maximum(top - decay, k_t).detach()
+        fade, e = (top - decay - _finite(new)).exp(), (k_t - _finite(new)).exp()
+        num, den, top = fade * num + e * v_t, fade * den + e, new
+        if bonus is None:
+            ys.append(_ratio(num, den))
+    return (torch.stack(ys, 1) if ys else v).to(dtype), (num, den, top)
+
+
+def wkv_state(batch: int, like: Tensor) -> WkvState:
+    """The state before the first token for ``batch`` sequences, in the width, dtype and device of ``like`` (d,)."""
+    like = like.new_zeros(batch, like.shape[-1], dtype=_inner(like.dtype))
+    return like, like.clone(), torch.full_like(like, -torch.inf)
+
+
+def _inner(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _prepare(
+    name: str, k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor | None, state: WkvState | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, WkvState]:
+    """Check shapes and bring all to one dtype."""
+    if k.dim() != 3 or k.shape != v.shape:
+        raise ValueError(f"{name} got k {tuple(k.shape)} and v {tuple(v.shape)}, expected both (b, n, d)")
+    b, _, d = k.shape
+    for what, vector in (("decay", decay), ("bonus", bonus)):
+        if vector is not None and vector.shape != (d,):
+            raise ValueError(f"{name} got {what} of shape {tuple(vector.shape)}, expected (d,) = ({d},)")
+    if state is None:
+        state = wkv_state(b, k[0, 0] if k.numel() else k.new_zeros(d))
+    elif any(s.shape != (b, d) for s in state):
+        raise ValueError(f"{name} got states of shapes {[tuple(s.shape) for s in state]}, expected (b, d) = ({b}, {d})")
+    dtype = _inner(torch.promote_types(torch.promote_types(k.dtype, v.dtype), decay.dtype))
+    num, den, top = (s.to(dtype) for s in state)
+    return (
+        k.to(dtype),
+        v.to(dtype),
+        decay.to(dtype),
+        None if bonus is None else bonus.to(dtype),
+        (num, den, top.detach()),
+    )
+
+
+def _with_bonus(b: Tensor, v: Tensor, num: Tensor, den: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of the past (num, den, top) and a current token of log-weight b."""
+    new = _finite(torch.maximum(top, b)).detach()
+    past, now = (top - new).exp(), (b - new).exp()
+    return past * num + now * v, past * den + now
+
+
+def _before(x: Tensor, first: Tensor) -> Tensor:
+    """first, x_1..x_{n-1}."""
+    return torch.cat([first[:, None], x], 1)[:, : x.shape[1]]
+
+
+def _finite(top: Tensor) -> Tensor:
+    """The maximum, or 0 where no token has been seen."""
+    return top.masked_fill(top.isneginf(), 0.0)
+
+
+def _ratio(num: Tensor, den: Tensor) -> Tensor:
+    # the largest weight is 1, so that only a sum over no token is 0
+    return num / den.masked_fill(den == 0, 1.0)
