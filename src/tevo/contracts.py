@@ -23,8 +23,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import torch
 from torch import Tensor, nn
+
+from tevo.functional.attention import scores as scaled_scores
+from tevo.functional.attention import softmax_weights
 
 State: TypeAlias = "Tensor | tuple[State, ...]"
 Sublayer: TypeAlias = Callable[[Tensor], Tensor]
@@ -95,17 +97,14 @@ class Normaliser(nn.Module):
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         """Turned q (b, h, n, e), k (b, h, m, e) give scores (b, h, n, m), before the position bias."""
-        return q @ k.mT * q.shape[-1] ** -0.5
+        return scaled_scores(q, k)
 
     def forward(self, scores: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Scores (b, h, n, m) and ``allowed`` (bool, broadcastable to them) give weights (b, h, n, m).
 
         A row without an allowed key gives zeros.
         """
-        if allowed is None:
-            return scores.softmax(-1)
-        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-        return weights.masked_fill(~allowed, 0.0)  # also turns the NaN of a row without keys into zeros
+        return softmax_weights(scores, allowed)
 
 
 class Position(nn.Module):
@@ -120,7 +119,7 @@ class Position(nn.Module):
         return x
 
     def turn(self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tensor]:
-        """q (b, h, n, e) at ``q_at`` (#b, n), k (b, g, m, e) at ``k_at`` (#b, m), same shapes back."""
+        """Q (b, h, n, e) at ``q_at`` (#b, n), k (b, g, m, e) at ``k_at`` (#b, m), same shapes back."""
         return q, k
 
     def bias(self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor | None:
@@ -132,8 +131,15 @@ class Residual(nn.Module):
     """How the sublayers of a block are wired: residual connections and norms (pre, post, ReZero, B2T, parallel)."""
 
     def forward(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
-        """``x`` (b, n, d) through all sublayers of the block, each (b, n, d) -> (b, n, d)."""
+        """``x`` (b, n, d) through all sublayers of the block, each (b, n, d) -> (b, n, d).
+
+        A wiring that needs a norm after the last block (pre-norm) applies it itself in the block whose ``index`` is the
+        last of ``depth``; a block built without these facts has none.
+        """
         raise NotImplementedError
+
+    def initialise(self, block: nn.Module) -> None:
+        """The wiring's own rule for the initial weights of a freshly built block; neutral unless overridden."""
 
 
 class Stack(nn.Module):

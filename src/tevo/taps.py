@@ -34,6 +34,21 @@ def record() -> Iterator[Seen]:
         _close(seen)
 
 
+@contextmanager
+def sealed() -> Iterator[Seen]:
+    """As :func:`record`, but what is tapped inside does not reach the records opened outside.
+
+    For code that may run twice (activation checkpointing): return what was seen and tap it again outside.
+    """
+    outside = _open[:]
+    _open.clear()
+    try:
+        with record() as seen:
+            yield seen
+    finally:
+        _open[:] = outside
+
+
 def _close(seen: Seen) -> None:
     # by identity: two open records may hold equal dictionaries
     for i in range(len(_open) - 1, -1, -1):

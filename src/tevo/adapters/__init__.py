@@ -1,0 +1,1 @@
+"""Cheap adaptation of a trained model."""

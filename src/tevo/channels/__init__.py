@@ -1,0 +1,1 @@
+"""Channel mixers: each token is transformed."""

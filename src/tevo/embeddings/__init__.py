@@ -1,0 +1,1 @@
+"""Embeddings: tokens to vectors."""

@@ -1,0 +1,1 @@
+"""Mechanics that three or more systems share, as pure functions."""

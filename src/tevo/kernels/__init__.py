@@ -1,0 +1,1 @@
+"""Faster forms of the mechanics, each beside its plain reference."""

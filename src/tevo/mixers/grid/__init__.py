@@ -1,0 +1,1 @@
+"""Mixers of a grid of rows and columns."""

@@ -1,0 +1,1 @@
+"""Local windows and block summaries."""

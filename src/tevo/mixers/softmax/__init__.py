@@ -1,0 +1,1 @@
+"""Softmax attention, its normalisers and its heads."""

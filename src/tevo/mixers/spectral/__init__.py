@@ -1,0 +1,1 @@
+"""Mixing in the Fourier domain."""

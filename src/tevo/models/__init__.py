@@ -1,0 +1,1 @@
+"""Hosts that take any part, and whole published models."""

@@ -1,0 +1,1 @@
+"""Residual wirings: how the sublayers of a block are joined."""

@@ -1,0 +1,1 @@
+"""Systems that own their blocks or change the length."""
