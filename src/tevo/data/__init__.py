@@ -1,0 +1,1 @@
+"""Readers of real data and generators that more than one program uses."""
