@@ -1,0 +1,1 @@
+"""Training: recipe, loop on accelerate, checkpoints that resume bit for bit."""

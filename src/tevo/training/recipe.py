@@ -1,0 +1,279 @@
+"""Recipe: everything that decides what a training run computes, as one frozen dataclass.
+
+Values come from, weakest first: defaults, a preset, a file (YAML or JSON), flags. What results is stored in the run and
+named by a hash. No torch here, so that help and dry checks are instant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["PRESETS", "RECIPES", "LanguageModelRecipe", "Recipe", "differences", "read", "resolve"]
+
+R = TypeVar("R", bound="Recipe")
+
+_LARGEST_FILE = 1 << 20
+
+
+def _option(default: Any, help: str, *, circumstance: bool = False) -> Any:
+    # a circumstance may differ when a run is resumed: it is recorded, but is no part of what the run is
+    return field(default=default, metadata={"help": help, "circumstance": circumstance})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every program's training shares. Field help is the ``help`` of its metadata."""
+
+    task: str = _option("text", "what is learned: text, recall, selective_copy, induction")
+    data: str = _option("", "text task: your own file or folder; empty: Python's standard library")
+    length: int = _option(256, "tokens per sequence")
+    steps: int = _option(1000, "optimiser steps")
+    batch: int = _option(16, "sequences per step, over all processes and micro-batches")
+    accumulate: int = _option(1, "micro-batches per step; less memory, the same result")
+    lr: float = _option(1e-3, "peak learning rate")
+    warmup: float = _option(0.05, "share of the steps in which the rate rises linearly")
+    final_lr: float = _option(0.1, "share of the peak at which the cosine ends")
+    weight_decay: float = _option(0.1, "AdamW decay; never of vectors and scalars")
+    betas: tuple[float, float] = _option((0.9, 0.95), "AdamW averages")
+    clip: float = _option(1.0, "greatest gradient norm")
+    precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "fp32, bf16 or fp16 (GPU only)")
+    checkpoint_activations: bool = _option(False, "recompute activations in the backward pass")
+    compile: bool = _option(False, "torch.compile the model")
+    seed: int = _option(0, "decides initialisation, data order and dropout")
+    threads: int = _option(0, "CPU threads; 0: torch's choice", circumstance=True)
+    save_every: int = _option(200, "steps between checkpoints")
+    eval_every: int = _option(200, "steps between evaluations on held-out data")
+    examples: int = _option(256, "held-out sequences per evaluation")
+    log_every: int = _option(10, "steps between lines of metrics.jsonl")
+    tensorboard: bool = _option(False, "also write TensorBoard events")
+
+    def __post_init__(self) -> None:
+        at_least = {
+            1: ("length", "steps", "batch", "accumulate", "save_every", "eval_every", "examples", "log_every"),
+            0: ("seed", "threads", "warmup", "final_lr", "weight_decay"),
+        }
+        for least, names in at_least.items():
+            for name in names:
+                if not getattr(self, name) >= least:
+                    raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number above 0")
+        for name in ("warmup", "final_lr"):
+            if not getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}, expected two numbers from 0 to below 1")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision is {self.precision!r}, expected fp32, bf16 or fp16")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed}, expected less than 2**32")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"batch={self.batch} cannot be cut into accumulate={self.accumulate} equal micro-batches; "
+                "choose a multiple"
+            )
+
+    @property
+    def kind(self) -> str:
+        """Name of the program: its key in ``RECIPES``."""
+        return next(kind for kind, cls in RECIPES.items() if cls is type(self))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of all that decides the result; circumstances such as threads are left out."""
+        values = {k: v for k, v in self._content().items() if k not in _circumstances(type(self))}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The recipe as JSON; :func:`read` gives an equal recipe back."""
+        return json.dumps(self._content(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelRecipe(Recipe):
+    """A :class:`tevo.CausalLM` trained on next tokens; the vocabulary is the task's."""
+
+    mixer: tuple[str, ...] = _option(("softmax",), "token mixer; several names: one for each layer")
+    channel: str = _option("gelu", "channel mixer")
+    position: str | None = _option(None, "position system; none: the mixer's own")
+    residual: str = _option("pre_norm", "wiring of a block")
+    dim: int = _option(128, "width")
+    depth: int = _option(4, "layers")
+    heads: int = _option(4, "heads")
+    dropout: float = _option(0.0, "share of activations dropped in training")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("dim", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected a share from 0 to below 1")
+        if len(self.mixer) not in (1, self.depth):
+            raise ValueError(
+                f"mixer names {len(self.mixer)} systems for depth={self.depth} layers; name one, or one for each layer"
+            )
+
+
+RECIPES: dict[str, type[Recipe]] = {"lm": LanguageModelRecipe}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "lm": {
+        "tiny": {"dim": 64, "depth": 2, "heads": 2, "length": 128, "steps": 200, "batch": 8, "save_every": 50},
+        "small": {"dim": 256, "depth": 6, "heads": 8, "length": 512, "steps": 5000, "batch": 32, "lr": 6e-4},
+    }
+}
+
+
+def resolve(cls: type[R], *, preset: str | None = None, file: Path | None = None, **flags: object) -> R:
+    """Defaults < preset < file < flags.
+
+    Raises:
+        ValueError: an unknown preset, key or flag (with the nearest match and, in a file, its line), or a bad value.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        kind = next(kind for kind, known in RECIPES.items() if known is cls)
+        if preset not in PRESETS[kind]:
+            raise ValueError(f"unknown preset {preset!r}{_nearest(preset, PRESETS[kind])}")
+        values |= PRESETS[kind][preset]
+    if file is not None:
+        values |= _read_values(cls, file)
+    for name, value in flags.items():
+        values[name] = _fit(cls, name, value, "recipe")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}" if file is not None else str(error)) from error
+
+
+def read(file: Path) -> Recipe:
+    """The recipe stored in ``file``, of whichever kind it says it is."""
+    entries = _entries(file)
+    kind, line = entries.get("kind", ("lm", 1))
+    if kind not in RECIPES:
+        raise ValueError(f"{file}:{line}: unknown kind {kind!r}{_nearest(str(kind), RECIPES)}")
+    return resolve(RECIPES[kind], file=file)
+
+
+def differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
+    """Fields in which two recipes differ, circumstances aside: name -> (value in a, value in b)."""
+    left, right = a._content(), b._content()
+    ignored = _circumstances(type(a))
+    names = [n for n in {**left, **right} if n not in ignored]
+    return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
+
+
+def _circumstances(cls: type[Recipe]) -> set[str]:
+    return {f.name for f in fields(cls) if f.metadata["circumstance"]}
+
+
+def _read_values(cls: type[Recipe], file: Path) -> dict[str, Any]:
+    values = {}
+    for name, (value, line) in _entries(file).items():
+        where = f"{file}:{line}"
+        if name == "kind":
+            if RECIPES.get(value) is not cls:
+                raise ValueError(f"{where}: kind is {value!r}, this program's recipes are of {cls.__name__}")
+            continue
+        values[name] = _fit(cls, name, value, where)
+    return values
+
+
+def _fit(cls: type[Recipe], name: str, value: object, where: str) -> object:
+    known = {f.name for f in fields(cls)}
+    if name not in known:
+        raise ValueError(f"{where}: unknown key {name!r}{_nearest(name, known)}")
+    return _coerce(get_type_hints(cls)[name], value, f"{where}: {name}")
+
+
+def _coerce(kind: Any, value: object, what: str) -> object:
+    """``value`` as the type of its field; the only liberties are int for float, 1e-3 as YAML reads it, and lists."""
+    if get_origin(kind) in (Union, UnionType):
+        inner = next(k for k in get_args(kind) if k is not type(None))
+        return None if value is None else _coerce(inner, value, what)
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ValueError(f"{what} is {value!r}, expected one of {', '.join(get_args(kind))}")
+    if get_origin(kind) is tuple:
+        inner, *rest = get_args(kind)
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if rest != [...] and len(items) != 1 + len(rest):
+            raise ValueError(f"{what} has {len(items)} values, expected {1 + len(rest)}")
+        return tuple(_coerce(inner, item, what) for item in items)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 takes 1e-3, without a point, for text
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text (put it in quotes)"}
+    raise ValueError(f"{what} is {value!r}, expected {words[kind]}")
+
+
+def _entries(file: Path) -> dict[str, tuple[Any, int]]:
+    """Keys of a YAML or JSON file with value and line. Plain values and lists of them only; no tags, no duplicates."""
+    import yaml
+
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"recipe {file} cannot be read: {error.strerror}") from error
+    if len(raw) > _LARGEST_FILE:
+        raise ValueError(f"recipe {file} is {len(raw)} bytes long, expected at most {_LARGEST_FILE}")
+    if file.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"recipe {file} is not a .yaml, .yml or .json file")
+    try:
+        text = raw.decode("utf-8-sig")
+        # JSON is read as YAML, which gives lines; tabs, legal between JSON's tokens only, are the one difference met
+        loader = yaml.SafeLoader(text.replace("\t", " ") if file.suffix == ".json" else text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return {}
+            if not isinstance(root, yaml.MappingNode):
+                raise ValueError(f"{file}:1: expected keys and values, such as 'lr: 0.001'")
+            entries: dict[str, tuple[Any, int]] = {}
+            for key_node, value_node in root.value:
+                line = key_node.start_mark.line + 1
+                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+                if key in entries:
+                    raise ValueError(f"{file}:{line}: key {key!r} was given on line {entries[key][1]} already")
+                items = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                for item in items:
+                    if not isinstance(item, yaml.ScalarNode) or item.tag not in _PLAIN_TAGS:
+                        raise ValueError(f"{file}:{line}: {key} holds a {item.tag}, expected a plain value or a list")
+                values = [loader.construct_object(item) for item in items]
+                entries[key] = (values if isinstance(value_node, yaml.SequenceNode) else values[0], line)
+            return entries
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise ValueError(f"{file}:{line}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"recipe {file} is not valid: {str(error).splitlines()[0]}") from error
+
+
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}
+
+
+def _nearest(name: str, known: Mapping[str, object] | set[str]) -> str:
+    close = get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(sorted(known))}"
