@@ -21,6 +21,11 @@ from tevo.functional.scan import scan
 
 __all__ = ["WkvState", "sequential_wkv", "wkv", "wkv_state"]
 
+# the maximum over no token: finite, so that differences of maxima are never NaN, and below any log-weight
+_LOWEST = -1e38
+_EMPTY = 1e-30
+_CHUNK = 16
+
 WkvState: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 
 
@@ -48,20 +53,17 @@ def wkv(
     """
     dtype = v.dtype
     k, v, decay, bonus, (num, den, top) = _prepare("wkv", k, v, decay, bonus, state)
-    n = k.shape[1]
     with torch.no_grad():
-        # the result does not depend on the maxima, so they are constants to autograd, and need not be exact
-        fall = decay * torch.arange(1, n + 1, device=k.device, dtype=k.dtype)[:, None]  # n d
-        tops = torch.maximum((k + fall).cummax(1).values, top[:, None]) - fall if n else k  # b n d
+        # the result does not depend on the maxima: they are constants to autograd
+        tops = _decayed_maximum(k, decay, top)
         earlier = _before(tops, top)
-    # without a token before, the sums are zero whatever the factor, which must only be finite
-    a = (_finite(earlier) - decay - _finite(tops)).masked_fill(earlier.isneginf(), -torch.inf).exp()
-    e = (k - _finite(tops)).exp()
+    a = (earlier - tops - decay).exp()
+    e = (k - tops).exp()
     nums, num_last = scan(a, e * v, num)
     dens, den_last = scan(a, e, den)
     if bonus is not None:
         nums, dens = _with_bonus(k + bonus, v, _before(nums, num), _before(dens, den), earlier)
-    return _ratio(nums, dens).to(dtype), (num_last, den_last, tops[:, -1] if n else top)
+    return _ratio(nums, dens).to(dtype), (num_last, den_last, tops[:, -1] if k.shape[1] else top)
 
 
 def sequential_wkv(
@@ -75,7 +77,7 @@ def sequential_wkv(
         if bonus is not None:
             ys.append(_ratio(*_with_bonus(k_t + bonus, v_t, num, den, top)))
         new = torch.maximum(top - decay, k_t).detach()
-        fade, e = (top - decay - _finite(new)).exp(), (k_t - _finite(new)).exp()
+        fade, e = (top - decay - new).exp(), (k_t - new).exp()
         num, den, top = fade * num + e * v_t, fade * den + e, new
         if bonus is None:
             ys.append(_ratio(num, den))
@@ -85,7 +87,7 @@ def sequential_wkv(
 def wkv_state(batch: int, like: Tensor) -> WkvState:
     """The state before the first token for ``batch`` sequences, in the width, dtype and device of ``like`` (d,)."""
     like = like.new_zeros(batch, like.shape[-1], dtype=_inner(like.dtype))
-    return like, like.clone(), torch.full_like(like, -torch.inf)
+    return like, like.clone(), torch.full_like(like, _LOWEST)
 
 
 def _inner(dtype: torch.dtype) -> torch.dtype:
@@ -119,7 +121,7 @@ def _prepare(
 
 def _with_bonus(b: Tensor, v: Tensor, num: Tensor, den: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of the past (num, den, top) and a current token of log-weight b."""
-    new = _finite(torch.maximum(top, b)).detach()
+    new = torch.maximum(top, b).detach()
     past, now = (top - new).exp(), (b - new).exp()
     return past * num + now * v, past * den + now
 
@@ -129,11 +131,38 @@ def _before(x: Tensor, first: Tensor) -> Tensor:
     return torch.cat([first[:, None], x], 1)[:, : x.shape[1]]
 
 
-def _finite(top: Tensor) -> Tensor:
-    """The maximum, or 0 where no token has been seen."""
-    return top.masked_fill(top.isneginf(), 0.0)
-
-
 def _ratio(num: Tensor, den: Tensor) -> Tensor:
-    # the largest weight is 1, so that only a sum over no token is 0
-    return num / den.masked_fill(den == 0, 1.0)
+    # the largest weight is 1, so that only a sum over no token is smaller
+    return num / den.clamp_min(_EMPTY)
+
+
+@torch.library.custom_op("tevo::decayed_maximum", mutates_args=())
+def _decayed_maximum(k: Tensor, decay: Tensor, top: Tensor) -> Tensor:
+    """All m_t = max(m_{t-1} - w, k_t), by rows that advance together as in :func:`tevo.functional.scan.scan`."""
+    x = k.new_empty(k.shape)
+    _fill(k, x, decay, top)
+    return x
+
+
+@_decayed_maximum.register_fake
+def _(k: Tensor, decay: Tensor, top: Tensor) -> Tensor:
+    return k.new_empty(k.shape)
+
+
+def _fill(k: Tensor, x: Tensor, decay: Tensor, top: Tensor) -> Tensor:
+    rows = k.shape[1] // _CHUNK
+    cut = rows * _CHUNK if rows > 1 else 0
+    if cut:
+        k_j, x_j = (t.unfold(1, _CHUNK, _CHUNK).unbind(-1) for t in (k, x))  # each of the _CHUNK entries: b r d
+        end = k_j[0]
+        for j in range(1, _CHUNK):
+            end = torch.maximum(end - decay, k_j[j])
+        ends = torch.empty_like(end)
+        _fill(end, ends, decay * _CHUNK, top)
+        start = torch.cat([top[:, None], ends[:, :-1]], 1)
+        for j in range(_CHUNK):
+            start = torch.maximum(start - decay, k_j[j], out=x_j[j])
+        top = ends[:, -1]
+    for k_t, x_t in zip(k[:, cut:].unbind(1), x[:, cut:].unbind(1), strict=True):
+        top = torch.maximum(top - decay, k_t, out=x_t)
+    return top
