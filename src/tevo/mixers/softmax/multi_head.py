@@ -23,7 +23,7 @@ CARD = Card(
     ),
     exports={"multi_head": "MultiHead"},
     cost="n",
-    claims=("cross",),
+    claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=({"dim": 12, "heads": 3}, {"dim": 10, "heads": 2, "head_dim": 3}, {"dim": 4, "heads": 1, "bias": True}),
 )
 

@@ -43,7 +43,6 @@ CARD = Card(
         "position",
         "equivariant",
         "exact_state",
-        "nan_contained",
     ),
     examples=(
         {"dim": 12, "heads": 3, "causal": True},

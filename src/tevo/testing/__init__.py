@@ -1,0 +1,7 @@
+"""The conformance checks, public: what a part's card claims, asked of its code."""
+
+from tevo.testing.checks import CHECKS, Check, applicable
+from tevo.testing.subject import Subject, subjects
+from tevo.testing.tolerances import RUNGS, relative_rms
+
+__all__ = ["CHECKS", "RUNGS", "Check", "Subject", "applicable", "relative_rms", "subjects"]

@@ -1,0 +1,230 @@
+"""What a check is given: a part of any role, built small, in a seat that makes it a map from tokens to tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tevo.card import Card
+from tevo.catalogue.rows import Row
+from tevo.contracts import Heads, Normaliser, Position, Residual, State, Stateful
+from tevo.mixers.softmax.softmax import SoftmaxAttention
+
+# heads and width of a head of the seats built around normalisers and positions
+SEAT_HEADS, SEAT_WIDTH = 3, 4
+
+
+class SeatedPosition(nn.Module):
+    """A position in softmax attention: embeds, then attends."""
+
+    def __init__(self, position: Position, *, dim: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.mixer = SoftmaxAttention(dim=dim, heads=heads, position=position, causal=causal)
+        self.position = position
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """(b, n, d) gives (b, n, d)."""
+        places = torch.arange(x.shape[1], device=x.device)[None] if at is None else at
+        return self.mixer(self.position.embed(x, places), context, mask=mask, at=at)
+
+    def init_state(self, batch: int, *, context: Tensor | None = None, mask: Tensor | None = None) -> State:
+        """Tokens seen, and the attention's state."""
+        return torch.zeros(batch, dtype=torch.long), self.mixer.init_state(batch, context=context, mask=mask)
+
+    def step(
+        self, x: Tensor, state: State, *, mask: Tensor | None = None, at: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Advance by ``x`` (b, n, d)."""
+        assert isinstance(state, tuple)
+        count, inner = state
+        assert isinstance(count, Tensor)
+        if at is None:
+            at = torch.arange(x.shape[1], device=x.device)[None] + count[:, None]
+        y, inner = self.mixer.step(self.position.embed(x, at), inner, mask=mask, at=at)
+        return y, (count + x.shape[1], inner)
+
+
+class SeatedResidual(nn.Module):
+    """A residual wiring around token-wise sublayers of its own."""
+
+    def __init__(self, residual: Residual, dim: int, sublayers: int) -> None:
+        super().__init__()
+        self.residual = residual
+        self.sublayers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(sublayers))
+        residual.initialise(self)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """(b, n, d) gives (b, n, d)."""
+        return self.residual(x, [self.wrap(layer) for layer in self.sublayers])
+
+    @staticmethod
+    def wrap(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The sublayer as the wiring sees it."""
+        return lambda y: F.softsign(layer(y))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One class of a system with one example of constructor arguments."""
+
+    card: Card
+    part: str
+    cls: Callable[..., nn.Module]
+    example: Mapping[str, object]
+
+    @property
+    def name(self) -> str:
+        """For messages: part(arguments)."""
+        return f"{self.part}({', '.join(f'{k}={v!r}' for k, v in self.example.items())})"
+
+    def claims(self, word: str) -> bool:
+        """Whether the card makes a claim."""
+        return self.card.claims_word(word)
+
+    def accepts(self, argument: str) -> bool:
+        """Whether the constructor names an argument."""
+        return argument in inspect.signature(self.cls).parameters
+
+    @property
+    def dim(self) -> int:
+        """Width of the tokens."""
+        value = self.example.get("dim", self.heads * SEAT_WIDTH)
+        assert isinstance(value, int)
+        return value
+
+    @property
+    def heads(self) -> int:
+        """Heads of the seat."""
+        value = self.example.get("heads", SEAT_HEADS)
+        assert isinstance(value, int)
+        return value
+
+    @property
+    def seat_causal(self) -> bool:
+        """Whether the built module is causal, unless told otherwise."""
+        return bool(self.example.get("causal", not self.claims("bidirectional") and self.claims("causal")))
+
+    def sizes(self) -> tuple[int, ...]:
+        """Three odd lengths that the part can take."""
+        if self.card.sizes:
+            return self.card.sizes
+        grid, length = self.example.get("grid"), self.example.get("length")
+        if isinstance(grid, tuple):
+            return (grid[0] * grid[1],)
+        if isinstance(length, int):
+            return tuple(sorted({length, max(1, length - 4), max(1, length // 2)}))
+        return (13, 7, 29)
+
+    def any_length(self) -> bool:
+        """Whether lengths 0 and 1 make sense."""
+        return not self.card.sizes and "grid" not in self.example
+
+    def make(
+        self, *, causal: bool | None = None, dtype: torch.dtype = torch.float64, disturbed: bool = True
+    ) -> nn.Module:
+        """Build the part and its seat.
+
+        Args:
+            causal: overrides the example, where the part or its seat has the choice.
+            dtype: of all parameters.
+            disturbed: move every parameter by a seeded draw, so that no zero or unit initial value hides an error.
+        """
+        torch.manual_seed(0)
+        arguments = dict(self.example)
+        if causal is not None and self.accepts("causal"):
+            arguments["causal"] = causal
+        part = self.cls(**arguments)
+        seated: nn.Module = part
+        causal = self.seat_causal if causal is None else causal
+        if isinstance(part, Normaliser):
+            seated = SoftmaxAttention(dim=self.dim, heads=self.heads, normaliser=part, causal=causal)
+        elif isinstance(part, Heads):
+            seated = SoftmaxAttention(dim=self.dim, heads=part, causal=causal)
+        elif isinstance(part, Position):
+            seated = SeatedPosition(part, dim=self.dim, heads=self.heads, causal=causal)
+        elif isinstance(part, Residual):
+            seated = SeatedResidual(part, self.dim, len(getattr(part, "norms", (0, 1))))
+        seated = seated.to(dtype)
+        if disturbed:
+            disturb(seated)
+        return seated.eval()
+
+    def part_of(self, seated: nn.Module) -> nn.Module:
+        """The part inside its seat."""
+        if self.card.role == "normaliser":
+            return seated.normaliser  # type: ignore[return-value]
+        if self.card.role == "heads":
+            return seated.heads  # type: ignore[return-value]
+        return getattr(seated, self.card.role, seated)
+
+    def inputs(self, batch: int, n: int, *, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Signed normal tokens (batch, n, d)."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, n, self.dim, generator=generator, dtype=torch.float64).to(dtype)
+
+    def call(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """Run the seated part, whatever its role's signature."""
+        role = self.card.role
+        if role == "norm":
+            return module(x)
+        if role == "channel":
+            return module(x, mask=mask)
+        if role in ("block", "stack"):
+            return module(x, mask=mask, at=at)
+        return module(x, context, mask=mask, at=at)
+
+
+def disturb(module: nn.Module) -> None:
+    """Move every parameter by a tenth of its own size plus a twentieth, from a fixed seed."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            parameter.add_(noise * (0.1 * parameter.abs() + 0.05))
+
+
+def subjects(row: Row) -> Iterator[Subject]:
+    """Every exported class of a system with every example of its card."""
+    import importlib
+
+    from tevo.catalogue.rows import PACKAGE
+
+    assert row.path is not None and row.card is not None
+    module = importlib.import_module("tevo." + ".".join(row.path.relative_to(PACKAGE).with_suffix("").parts))
+    done = set()
+    for part, name in row.card.exports.items():
+        if name in done:
+            continue
+        done.add(name)
+        for example in row.card.examples:
+            wanted = example.get("part", part)
+            if row.card.exports[str(wanted)] == name:
+                yield Subject(row.card, part, getattr(module, name), {k: v for k, v in example.items() if k != "part"})
+
+
+def stateful(module: nn.Module) -> Stateful:
+    """The module, which must have a state.
+
+    Raises:
+        AssertionError: it has none.
+    """
+    if not isinstance(module, Stateful):
+        raise AssertionError(f"the card claims a state, but {type(module).__name__} has no init_state and step")
+    return module
