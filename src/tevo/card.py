@@ -60,7 +60,7 @@ class Card:
         summary: one line: what it replaces, and by what.
         equations: LaTeX, in the paper's symbols.
         exports: part name -> class name in the file; the first is the system's own.
-        cost: growth of FLOPs with the length n, one of ``COSTS``.
+        cost: growth of FLOPs with the length n, one of ``COSTS``; of a finer seat, that of attention with the part in it.
         flops: FLOPs of one forward pass of one sequence (a multiply-add is 2), as an expression in n, m, d, h and the
             constructor's arguments; empty where nothing is counted.
         state: numbers kept per sequence while decoding, as an expression in n, d, h and the constructor's arguments;

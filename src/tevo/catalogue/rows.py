@@ -148,9 +148,9 @@ def find(name: str) -> tuple[Row, str]:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``. Did you mean 'x'?`` or nothing."""
+    """`` (did you mean 'x'?)`` or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f". Did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def list_systems(

@@ -22,7 +22,7 @@ CARD = Card(
     equations=(r"s_{ij} \leftarrow s_{ij} - m_h |i - j|", r"m_h = 2^{-8h/H},\quad h = 1, \dots, H"),
     exports={"alibi": "ALiBi"},
     cost="n^2",
-    claims=("shift_invariant", "shared_across_layers"),
+    claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shift_invariant", "shared_across_layers"),
     examples=({"heads": 3}, {"heads": 4}),
     departures=(
         "The paper is causal; with later keys visible the penalty is symmetric in the distance.",

@@ -19,8 +19,8 @@ CARD = Card(
     summary="Adds a trained vector per position to the token embeddings.",
     equations=(r"x_t \leftarrow x_t + P_t,\quad t < \mathrm{length}",),
     exports={"learned": "Learned"},
-    cost="n",
-    claims=("fixed_length", "shared_across_layers"),
+    cost="n^2",
+    claims=("bidirectional", "causal", "cross", "padding", "exact_state", "fixed_length", "shared_across_layers"),
     examples=({"dim": 12, "length": 40},),
 )
 

@@ -25,8 +25,8 @@ CARD = Card(
         r"\theta_j = \mathrm{base}^{-2j/e},\quad j = 0, \dots, e/2 - 1",
     ),
     exports={"rope": "RoPE"},
-    cost="n",
-    claims=("shift_invariant", "shared_across_layers"),
+    cost="n^2",
+    claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shift_invariant", "shared_across_layers"),
     examples=({}, {"base": 100.0}),
     departures=(
         "Features are paired (j, j + e/2) as in GPT-NeoX and Llama instead of (2j, 2j + 1) as in the paper: a fixed "

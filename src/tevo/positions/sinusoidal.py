@@ -23,8 +23,8 @@ CARD = Card(
         r"p_{t,2j} = \sin(t\,\omega_j),\quad p_{t,2j+1} = \cos(t\,\omega_j),\quad \omega_j = 10000^{-2j/d}",
     ),
     exports={"sinusoidal": "Sinusoidal"},
-    cost="n",
-    claims=("shared_across_layers",),
+    cost="n^2",
+    claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shared_across_layers"),
     examples=({}, {"base": 100.0}),
 )
 

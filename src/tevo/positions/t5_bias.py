@@ -23,7 +23,7 @@ CARD = Card(
     equations=(r"s_{ij} = q_i^\top k_j + B_{h,\,\mathrm{bucket}(j - i)}",),
     exports={"t5_bias": "T5Bias"},
     cost="n^2",
-    claims=("shift_invariant", "shared_across_layers"),
+    claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shift_invariant", "shared_across_layers"),
     examples=(
         {"heads": 3, "buckets": 8, "max_distance": 9},
         {"heads": 3, "causal": True, "buckets": 6, "max_distance": 16},

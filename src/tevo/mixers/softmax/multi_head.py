@@ -22,7 +22,7 @@ CARD = Card(
         r"\mathrm{out} = [o_1; \dots; o_h]\, W^o",
     ),
     exports={"multi_head": "MultiHead"},
-    cost="n",
+    cost="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=({"dim": 12, "heads": 3}, {"dim": 10, "heads": 2, "head_dim": 3}, {"dim": 4, "heads": 1, "bias": True}),
 )

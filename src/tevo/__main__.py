@@ -1,0 +1,5 @@
+"""``python -m tevo``."""
+
+from tevo.cli import main
+
+raise SystemExit(main())
