@@ -64,8 +64,8 @@ def official(system: ModuleType, arrays: dict[str, Tensor]) -> Iterator[tuple[st
         weight.grad = None
 
     ids = arrays["ids"]
-    # the package keeps the embedding of its padding token, number 3, from training
-    z = F.embedding(ids, weights["embeddings.word_embeddings.weight"], padding_idx=3)
+    # token 0 is padding there, whose embedding gets no gradient
+    z = F.embedding(ids, weights["embeddings.word_embeddings.weight"], padding_idx=0)
     z = z + F.embedding(arrays["type_ids"], weights["embeddings.token_type_embeddings.weight"])
     z = z + weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
     z = linear("embeddings.projection", norm("embeddings.LayerNorm", z))
