@@ -122,7 +122,7 @@ def final_hash(folder: Path) -> str:
 def run_chains(chains: int, kills: int, *, seed: int, home: Path) -> dict[str, Any]:
     """``chains`` runs, each killed ``kills`` times if its steps last that long and at least once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "accelerate", "tevo.training.loop"])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "accelerate", "tevo.training.loop"])
     draw = random.Random(seed)
     reference = home / "reference"
     _attempt(context, reference).join()

@@ -47,8 +47,13 @@ _SKIPS_IN_A_ROW = 20
 class Data(Protocol):
     """What the loop needs of a task."""
 
-    metric: str
-    facts: dict[str, Any]
+    @property
+    def metric(self) -> str:
+        """Name of the score."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """All that determines the rows, ready for JSON: a resumed run must find the same."""
 
     def batch(self, split: str, seed: int, index: int, size: int) -> dict[str, Tensor]:
         """Rows of one batch, a pure function of the arguments."""
@@ -126,7 +131,8 @@ def train(
         main = accelerator.is_main_process
         with _locked(folder) if main else nullcontext(), _signals() as caught:
             if main:
-                _claim(folder, recipe)
+                checkpoint.sweep(folder)
+                _refuse_another(folder, recipe)
             accelerator.wait_for_everyone()
             newest = checkpoint.latest(folder)
             watch = watch if main else Silent()
@@ -257,6 +263,8 @@ class _Run:
         """Take up the checkpoint, and say where output goes and how to resume."""
         if found is not None:
             self._restore(found)
+        if self.main and not (self.folder / "recipe.json").exists():
+            checkpoint.write_file(self.folder / "recipe.json", self.recipe.to_json())
         where = f"from step {self.step}" if found is not None else "from the start"
         self.watch.say(
             f"{self.folder}: training {where} to step {self.recipe.steps}, a checkpoint every {self.recipe.save_every} "
@@ -387,7 +395,7 @@ class _Run:
             scaler = self.accelerator.scaler
             meta = {
                 "recipe_hash": self.recipe.hash,
-                "facts": self.task.facts,
+                "facts": _as_json(self.task.facts),
                 "environment": self._environment(),
                 "seconds": self.seconds,
                 "score": self.score,
@@ -550,15 +558,13 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Sweep what killed writers left, and store the recipe or compare it with the one stored."""
-    checkpoint.sweep(folder)
+def _refuse_another(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.json"
     if not path.exists():
         if checkpoint.latest(folder) is not None:
             raise ValueError(f"{folder} has checkpoints but no recipe.json; choose another folder")
-        checkpoint.write_file(path, recipe.to_json())
-    elif changed := differences(read(path), recipe):
+        return
+    if changed := differences(read(path), recipe):
         name, (old, new) = next(iter(changed.items()))
         more = f" (and {', '.join(list(changed)[1:])})" if len(changed) > 1 else ""
         raise ValueError(
@@ -604,8 +610,8 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(value))
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(dict(value)))
     return plain
 
 

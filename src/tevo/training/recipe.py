@@ -105,10 +105,10 @@ class Recipe:
 class LanguageModelRecipe(Recipe):
     """A :class:`tevo.CausalLM` trained on next tokens; the vocabulary is the task's."""
 
-    mixer: tuple[str, ...] = _option(("softmax",), "token mixer; several names: one for each layer")
-    channel: str = _option("gelu", "channel mixer")
-    position: str | None = _option(None, "position system; none: the mixer's own")
-    residual: str = _option("pre_norm", "wiring of a block")
+    mixer: tuple[str, ...] = _option(("softmax",), "token mixer, or one for each layer")
+    channel: str | None = _option(None, "channel mixer; none: the host's own, gelu")
+    position: str | None = _option(None, "position part")
+    residual: str | None = _option(None, "wiring of a block; none: the host's own, pre_norm")
     dim: int = _option(128, "width")
     depth: int = _option(4, "layers")
     heads: int = _option(4, "heads")
@@ -255,12 +255,13 @@ def _entries(file: Path) -> dict[str, tuple[Any, int]]:
                 key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
                 if key in entries:
                     raise ValueError(f"{file}:{line}: key {key!r} was given on line {entries[key][1]} already")
-                items = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                listed = isinstance(value_node, yaml.SequenceNode) and value_node.tag == _LIST_TAG
+                items = value_node.value if listed else [value_node]
                 for item in items:
                     if not isinstance(item, yaml.ScalarNode) or item.tag not in _PLAIN_TAGS:
                         raise ValueError(f"{file}:{line}: {key} holds a {item.tag}, expected a plain value or a list")
                 values = [loader.construct_object(item) for item in items]
-                entries[key] = (values if isinstance(value_node, yaml.SequenceNode) else values[0], line)
+                entries[key] = (values if listed else values[0], line)
             return entries
         finally:
             loader.dispose()
@@ -271,6 +272,7 @@ def _entries(file: Path) -> dict[str, tuple[Any, int]]:
         raise ValueError(f"recipe {file} is not valid: {str(error).splitlines()[0]}") from error
 
 
+_LIST_TAG = "tag:yaml.org,2002:seq"
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}
 
 

@@ -1,0 +1,75 @@
+"""Flags of a verb as a dataclass: parsed by tyro, refused in one sentence, and a help that fits a screen."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import Field, field, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+__all__ = ["describe", "option", "parse", "split"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its line of help."""
+    return field(default=default, metadata={"help": help})
+
+
+def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, verb: str) -> T:
+    """All of ``argv`` as an instance of ``cls``.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest match), or a value that is not of the flag's type.
+    """
+    values, rest = split(cls, argv, default=default, verb=verb)
+    if rest:
+        known = [_flag(f) for f in fields(cls)]  # type: ignore[arg-type]
+        close = get_close_matches(rest[0], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"see `tevo {verb} --help`"
+        raise ValueError(f"unknown option {rest[0]!r}; {hint}")
+    return values
+
+
+def split(cls: type[T], argv: Sequence[str], *, default: T | None = None, verb: str) -> tuple[T, list[str]]:
+    """What ``cls`` knows of ``argv`` as an instance of it, and the rest."""
+    import tyro
+
+    shown = io.StringIO()
+    try:
+        with redirect_stderr(shown), redirect_stdout(shown):
+            start: Any = tyro.MISSING_NONPROP if default is None else default
+            return tyro.cli(
+                cls, args=list(argv), prog=f"tevo {verb}", return_unknown_args=True, add_help=False, default=start
+            )
+    except SystemExit as error:
+        raise ValueError(_sentence(shown.getvalue())) from error
+
+
+def describe(*classes: type[Any]) -> str:
+    """One line for each flag: name, what it is, default."""
+    lines = []
+    for one in (f for cls in classes for f in fields(cls)):
+        plain = one.default is None or one.default is False or one.default == ""
+        default = "" if plain else f" [{_shown(one.default)}]"
+        lines.append(f"  {_flag(one):<25}{one.metadata['help']}{default}")
+    return "\n".join(lines)
+
+
+def _flag(one: Field[Any]) -> str:
+    return "--" + one.name.replace("_", "-")
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _sentence(shown: str) -> str:
+    """The message from a title, a rule, the message, perhaps another rule and help."""
+    paragraphs = re.split(r"^\s*-{3,}\s*$", shown, flags=re.MULTILINE)
+    text = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
+    return re.sub(r"^Error parsing (--\S+|\S+)?: ", lambda m: f"{m[1]}: " if m[1].startswith("--") else "", text)

@@ -1,0 +1,95 @@
+"""``tevo train``: train a model from a recipe; the same command again resumes."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tevo.cli._flags import describe, option, parse, split
+from tevo.training.recipe import PRESETS, RECIPES, LanguageModelRecipe, resolve
+
+HELP = "train a model; the same command again resumes"
+EXAMPLES = (
+    "tevo train lm --mixer delta_net --steps 500",
+    "tevo train lm --preset tiny --data notes.txt --run runs/notes",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the recipe and the run are; everything else is the recipe's."""
+
+    preset: str | None = option(None, f"start from a preset: {', '.join(PRESETS['lm'])}")
+    recipe: str | None = option(None, "then from a .yaml or .json file; flags come last")
+    run: str | None = option(None, "run folder; default: runs/<named by the recipe>")
+    dry_run: bool = option(False, "show recipe, parameters, memory and time; train nothing")
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb. Returns the exit code: 130 after Ctrl-C, 1 if the loss diverged."""
+    if not argv or argv[0] in ("-h", "--help") or "-h" in argv or "--help" in argv:
+        print(help_text())
+        return 0
+    program, *flags = argv
+    if program not in RECIPES:
+        raise ValueError(f"unknown program {program!r}; expected one of {', '.join(RECIPES)}, as in `{EXAMPLES[0]}`")
+    sources, rest = split(Sources, flags, verb="train")
+    start = resolve(
+        LanguageModelRecipe, preset=sources.preset, file=None if sources.recipe is None else Path(sources.recipe)
+    )
+    recipe = parse(LanguageModelRecipe, rest, default=start, verb="train")
+    if recipe.data:
+        # so that the run can be evaluated and resumed from anywhere
+        recipe = replace(recipe, data=str(Path(recipe.data).absolute()))
+    folder = Path(sources.run) if sources.run is not None else Path("runs") / run_name(recipe)
+    if sources.dry_run:
+        return _dry_run(recipe, folder)
+
+    from tevo.training import lm
+    from tevo.training.progress import Console
+
+    try:
+        result = lm.run(recipe, folder=folder, watch=Console())
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 130 if result.signal == signal.SIGINT else 0
+
+
+def help_text() -> str:
+    """Two examples, then a line for each flag."""
+    return "\n".join([*EXAMPLES, "", describe(Sources, LanguageModelRecipe)])
+
+
+def run_name(recipe: LanguageModelRecipe) -> str:
+    """A folder name that another recipe would not have."""
+    mixers = re.sub(r"[^\w.-]+", "_", "+".join(dict.fromkeys(recipe.mixer)))[:40].strip("_")
+    return f"{recipe.kind}-{recipe.task}-{mixers}-{recipe.hash[:8]}"
+
+
+def _dry_run(recipe: LanguageModelRecipe, folder: Path) -> int:
+    from tempfile import TemporaryDirectory
+
+    from tevo.training import lm
+    from tevo.training.progress import duration
+
+    parameters = sum(p.numel() for p in lm.build_model(recipe, lm.build_task(recipe)).parameters())
+    with TemporaryDirectory() as home:
+        # the first step warms up, the others are timed
+        trial = replace(recipe, steps=4, log_every=1, examples=1, tensorboard=False)
+        lm.run(trial, folder=Path(home))
+        lines = (Path(home) / "metrics.jsonl").read_text().splitlines()
+    at = [record["seconds"] for record in map(json.loads, lines) if "seconds" in record]
+    seconds = (at[-1] - at[0]) / (len(at) - 1)
+    print(recipe.to_json(), end="")
+    print(f"run folder      {folder}")
+    print(f"parameters      {parameters:,}")
+    print(f"training state  {parameters * 16 / 2**20:,.1f} MiB: float32 weights, gradients and two moments")
+    print(f"time            about {duration(seconds * recipe.steps)}, evaluations aside: {seconds * 1e3:.1f} ms a step")
+    return 0
