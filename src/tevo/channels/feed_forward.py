@@ -20,7 +20,7 @@ CARD = Card(
     equations=(r"\mathrm{FFN}(x) = \phi(x W_1 + b_1)\, W_2 + b_2",),
     exports={"feed_forward": "GELU", "gelu": "GELU", "relu": "ReLU"},
     cost="n",
-    flops="4 * n * d * hidden_dim",
+    flops="4 * n * d * (hidden_dim or 4 * d)",
     claims=("token_wise",),
     examples=({"dim": 12}, {"dim": 5, "hidden_dim": 7}, {"dim": 3, "hidden_dim": 2, "bias": False}),
 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tevo.contracts import State
+from tevo.testing.cost import EXPONENTS, count, declared_flops, growth
 from tevo.testing.subject import SeatedResidual, Subject, stateful
 from tevo.testing.tolerances import RUNGS, relative_rms
 
@@ -278,13 +279,14 @@ def check_every_parameter_gets_a_gradient(s: Subject) -> float:
     """A parameter without one is not part of the model."""
     module = s.make()
     n = max(s.sizes())
-    x = s.inputs(2, n)
+    # a part without parameters must still pass a gradient on
+    x = s.inputs(2, n).requires_grad_()
     y = s.call(module, x)
     generator = torch.Generator().manual_seed(9)
     (y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum().backward()
-    for name, parameter in module.named_parameters():
+    for name, parameter in (("(the input)", x), *module.named_parameters()):
         reached = parameter.grad is not None and bool((parameter.grad != 0).any())
-        expect(reached, f"{s.name}: parameter {name} got no gradient")
+        expect(reached, f"{s.name}: {name} got no gradient")
     return 0.0
 
 
@@ -583,6 +585,32 @@ def check_compiles(s: Subject) -> float:
         return compare_gradients(f"{s.name} compiled", module, [x], ours, s.call(module, x), RUNGS["F64"])
     finally:
         torch._dynamo.reset()
+
+
+@check("Counted FLOPs grow with the length as the card declares.", once=True)
+def check_cost(s: Subject) -> float:
+    """Fitted on meta tensors over three octaves."""
+    found = growth(s)
+    exponent = found["exponent"]
+    if exponent is None:
+        expect(not s.card.flops, f"{s.name}: the card declares FLOPs but none are counted")
+        return 0.0
+    assert isinstance(exponent, float)
+    least, most = EXPONENTS[s.card.cost]
+    expect(least <= exponent <= most, f"{s.name}: FLOPs grow as n^{exponent}, the card declares {s.card.cost}")
+    return 0.0
+
+
+@check("Counted FLOPs equal the card's formula within 1 %.", lambda s: bool(s.card.flops))
+def check_flops(s: Subject) -> float:
+    """At the part's own odd lengths."""
+    worst = 0.0
+    for n in s.sizes():
+        counted, declared = count(s, n), declared_flops(s, n)
+        gap = abs(counted - declared) / max(counted, 1)
+        expect(gap <= 0.01, f"{s.name}: {counted} FLOPs counted at n={n}, the card's formula gives {declared:.0f}")
+        worst = max(worst, gap)
+    return worst
 
 
 def applicable(s: Subject, *, first: bool) -> list[Check]:

@@ -17,6 +17,7 @@ import torch
 
 from tevo.catalogue.rows import PACKAGE, Row, evidence_folder, rows, source_hash
 from tevo.testing.checks import applicable, check_oracle, oracle_of
+from tevo.testing.cost import growth
 from tevo.testing.subject import Subject, subjects
 
 SCHEMA = 1
@@ -108,6 +109,7 @@ def gather(row: Row) -> dict[str, object]:
         "golden_sha256": golden_hash(row) if not failures or compared else "",
         "oracle": {"relative_rms": float(f"{largest:.1e}"), "allowed": 1e-10},
         "official": compared,
+        "cost": growth(next(iter(subjects(row)))),
         "checks": results,
         "parameters": parameters,
     }

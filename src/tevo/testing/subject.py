@@ -152,7 +152,7 @@ class Subject:
         elif isinstance(part, Position):
             seated = SeatedPosition(part, dim=self.dim, heads=self.heads, causal=causal)
         elif isinstance(part, Residual):
-            seated = SeatedResidual(part, self.dim, len(getattr(part, "norms", (0, 1))))
+            seated = SeatedResidual(part, self.dim, int(str(self.example.get("sublayers", 2))))
         seated = seated.to(dtype)
         if disturbed:
             disturb(seated)

@@ -1,0 +1,88 @@
+"""Cost certified without a device: FLOPs counted on meta tensors against what the card declares."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tevo.bench.measure import fit_exponent, flops
+from tevo.testing.subject import Subject
+
+# lengths at which the declared growth must show; long, so that the terms linear in n have faded
+LENGTHS = (4096, 8192, 16384, 32768)
+
+# declared growth -> least and greatest fitted exponent; n log n grows like n^1.1 over these lengths
+EXPONENTS = {"n": (0.95, 1.05), "n log n": (0.95, 1.25), "n sqrt n": (1.45, 1.55), "n^2": (1.9, 2.05)}
+
+
+class Called(nn.Module):
+    """A seated part as a module of its tokens alone."""
+
+    def __init__(self, subject: Subject, module: nn.Module) -> None:
+        super().__init__()
+        self.subject, self.module = subject, module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, d) through the part."""
+        return self.subject.call(self.module, x)
+
+
+def at_length(subject: Subject, n: int) -> Subject:
+    """The same part, built for n tokens where it is built for a length or a grid."""
+    example = dict(subject.example)
+    if "length" in example:
+        example["length"] = n
+    if "grid" in example:
+        rows = 2 ** (int(math.log2(n)) // 2)
+        example["grid"] = (rows, n // rows)
+    return Subject(subject.card, subject.part, subject.cls, example)
+
+
+def count(subject: Subject, n: int) -> int:
+    """Counted FLOPs of one forward pass of one sequence of n tokens."""
+    built = at_length(subject, n)
+    module = Called(built, built.make(dtype=torch.float32, disturbed=False))
+    return int(flops(module, torch.empty(1, n, subject.dim)))
+
+
+def growth(subject: Subject) -> dict[str, object]:
+    """The fitted exponent of counted FLOPs; ``exponent`` is None where nothing is counted."""
+    counts = [count(subject, n) for n in LENGTHS]
+    exponent = fit_exponent(LENGTHS, counts, octaves=3.0)
+    return {
+        "lengths": list(LENGTHS),
+        "flops": counts,
+        "exponent": None if exponent is None else round(exponent, 3),
+        "declared": subject.card.cost,
+    }
+
+
+def declared_flops(subject: Subject, n: int) -> float:
+    """The card's formula at n tokens.
+
+    Raises:
+        ValueError: the formula uses a name that is neither n, d, h nor an argument of the constructor.
+    """
+    names: dict[str, object] = {
+        name: parameter.default
+        for name, parameter in inspect.signature(subject.cls).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    names |= dict(subject.example)
+    names |= {
+        "n": n,
+        "m": n,
+        "d": subject.dim,
+        "h": subject.heads,
+        "log2": math.log2,
+        "ceil": math.ceil,
+        "min": min,
+        "max": max,
+    }
+    try:
+        return float(eval(subject.card.flops, {"__builtins__": {}}, names))
+    except NameError as error:
+        raise ValueError(f"card {subject.card.id}: flops formula {subject.card.flops!r}: {error}") from error
