@@ -389,3 +389,16 @@ def test_training_learns(tmp_path: Path) -> None:
     run_toy(tmp_path, dropout=0.0, steps=80, lr=1e-2)
     losses = [r["loss"] for r in records(tmp_path) if "loss" in r]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_for_bit_and_keeps_its_names(tmp_path: Path) -> None:
+    run_toy(tmp_path / "whole", **SHORT, compile=True)
+    with pytest.raises(RuntimeError):
+        run_toy(tmp_path / "cut", watch=Listener(at=7, act=stop_hard), **SHORT, compile=True)
+    run_toy(tmp_path / "cut", **SHORT, compile=True)
+    assert final_hash(tmp_path / "cut") == final_hash(tmp_path / "whole")
+    run_toy(tmp_path / "plain", **SHORT)
+    assert weights(tmp_path / "plain").keys() == weights(tmp_path / "whole").keys()
+    # other code was run: compiled dropout draws other numbers
+    assert final_hash(tmp_path / "plain") != final_hash(tmp_path / "whole")

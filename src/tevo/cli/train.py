@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class Sources:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb. Returns the exit code: 130 after Ctrl-C, 1 if the loss diverged."""
+    """Run the verb. Returns the exit code: 130 after Ctrl-C, 0 after SIGTERM, both with the run saved."""
     if not argv or argv[0] in ("-h", "--help") or "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
@@ -52,13 +51,7 @@ def main(argv: list[str]) -> int:
     from tevo.training import lm
     from tevo.training.progress import Console
 
-    try:
-        result = lm.run(recipe, folder=folder, watch=Console())
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    result = lm.run(recipe, folder=folder, watch=Console())
     return 130 if result.signal == signal.SIGINT else 0
 
 
@@ -76,10 +69,17 @@ def run_name(recipe: LanguageModelRecipe) -> str:
 def _dry_run(recipe: LanguageModelRecipe, folder: Path) -> int:
     from tempfile import TemporaryDirectory
 
+    from tevo.bench import measure
     from tevo.training import lm
     from tevo.training.progress import duration
 
-    parameters = sum(p.numel() for p in lm.build_model(recipe, lm.build_task(recipe)).parameters())
+    task = lm.build_task(recipe)
+    model = lm.build_model(recipe, task)
+    rows = recipe.batch // recipe.accumulate
+    inputs = task.batch("train", recipe.seed, 0, rows)["inputs"]
+    numbers = measure.parameters(model)
+    flops = measure.flops(model, inputs, backward=True)
+    kept = measure.saved_bytes(model, inputs)
     with TemporaryDirectory() as home:
         # the first step warms up, the others are timed
         trial = replace(recipe, steps=4, log_every=1, examples=1, tensorboard=False)
@@ -87,9 +87,16 @@ def _dry_run(recipe: LanguageModelRecipe, folder: Path) -> int:
         lines = (Path(home) / "metrics.jsonl").read_text().splitlines()
     at = [record["seconds"] for record in map(json.loads, lines) if "seconds" in record]
     seconds = (at[-1] - at[0]) / (len(at) - 1)
+    left_out = f", leaving out {', '.join(flops.uncounted)}" if flops.uncounted else ""
     print(recipe.to_json(), end="")
     print(f"run folder      {folder}")
-    print(f"parameters      {parameters:,}")
-    print(f"training state  {parameters * 16 / 2**20:,.1f} MiB: float32 weights, gradients and two moments")
+    print(f"parameters      {numbers:,}")
+    print(f"FLOPs           {flops * recipe.accumulate:.4g} a step, forward and backward{left_out}")
+    print(
+        f"memory          {numbers * 16 / 2**20:,.1f} MiB weights, gradients and moments; {kept / 2**20:,.1f} MiB kept"
+    )
+    print(
+        f"                for backward by a micro-batch of {rows} sequences, without checkpointing or mixed precision"
+    )
     print(f"time            about {duration(seconds * recipe.steps)}, evaluations aside: {seconds * 1e3:.1f} ms a step")
     return 0
