@@ -5,17 +5,19 @@
     o_i = (sum_j exp(s_ij) v_j + sum_g exp(s_ig) V_g) / (sum_j exp(s_ij) + sum_g exp(s_ig))                  (3)
 
 Letters beyond the shared ones: r radius, N blocks, c queries of a block, w keys of its window, G global keys.
-A block of c >= r + 1 queries needs the c + 2 r keys around it (c + r where causal), which are an overlapping view of the
-keys, so the cost is n (c + 2 r) instead of n^2: FLOPs 2 n (c + 2 r + G) (e + v) per head.
+A block of c = r / 2 queries needs the w = 5 c keys around it (3 c where causal), which are an overlapping view of the
+keys, so the cost is n w instead of n^2: FLOPs 2 n (w + G) (e + v) per head.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tevo.functional.attention import attention, scores, softmax_weights, weighted
+from tevo.functional.attention import scores, softmax_weights, weighted
 from tevo.functional.masks import check_mask
 
 __all__ = ["local_attention", "local_attention_reference"]
@@ -69,13 +71,16 @@ def local_attention(
     k, v = _blank(mask, k, v)
     # a window that is wider than the sequence is the sequence
     r = min(radius, n - 1)
-    c = min(n, max(r + 1, SMALLEST_BLOCK))
+    # half a radius: of the 5 c keys that a block then needs, each query sees four fifths
+    c = min(n, max(SMALLEST_BLOCK, -(-r // 2)))
     blocks = -(-n // c)
-    before, after = (0, 0) if blocks == 1 else (r, 0 if causal else r)
-    w, tail = before + c + after, blocks * c - n
+    before = 0 if blocks == 1 else -(-r // c)  # blocks of keys before and after a block of queries
+    after = 0 if causal else before
+    w, tail = (before + 1 + after) * c, blocks * c - n
 
-    def windows(x: Tensor) -> Tensor:  # b h n e -> (b h) N w e, overlapping views of the padded x
-        return F.pad(x, (0, 0, before, after + tail)).flatten(0, 1).unfold(1, w, c).mT
+    def windows(x: Tensor) -> Tensor:  # b h n e -> (b h) N w e
+        padded: Tensor = F.pad(x, (0, 0, before * c, after * c + tail))
+        return _Windows.apply(padded.flatten(0, 1), w, c)
 
     def in_blocks(x: Tensor) -> Tensor:  # b h n e -> (b h) N c e
         return F.pad(x, (0, 0, 0, tail)).flatten(0, 1).unflatten(1, (blocks, c))
@@ -84,29 +89,72 @@ def local_attention(
         return x if x.shape[0] == 1 else x.repeat_interleave(h, 0)
 
     real = q.new_ones(1, n, dtype=torch.bool) if mask is None else mask
-    exists = F.pad(real, (before, after + tail)).unfold(1, w, c)  # #b N w
-    offset = torch.arange(w, device=q.device) - before - torch.arange(c, device=q.device)[:, None]  # c w
-    allowed = per_head((offset.abs() <= r) & (offset <= (0 if causal else r)) & exists[:, :, None])
-    addend = None if bias is None else _by_offset(bias[:, radius - r : radius + r + 1], c, w, before).repeat(b, 1, 1)
-    if addend is not None:
-        addend = addend[:, None]  # (b h) 1 c w
-    keys, values = windows(k), windows(v)
-    if global_k is not None and global_v is not None:
-        g = global_k.shape[2]
-        keys, values = (
-            torch.cat([x, y.flatten(0, 1)[:, None].expand(-1, blocks, -1, -1)], 2)
-            for x, y in ((keys, global_k), (values, global_v))
-        )
-        seen = q.new_ones(1, 1, 1, g, dtype=torch.bool) if global_mask is None else global_mask
-        allowed, seen = (x.expand(b * h, blocks, c, -1) for x in (allowed, in_blocks(seen.expand(b, h, n, g))))
-        allowed = torch.cat([allowed, seen], -1)
-        if bias is not None or global_bias is not None:
-            near = q.new_zeros(1, 1, 1, w) if addend is None else addend
-            far = q.new_zeros(1, 1, 1, g) if global_bias is None else global_bias
-            far = in_blocks(far.expand(b, h, n, g))
-            addend = torch.cat([near.expand(b * h, blocks, c, w), far], -1)
-    o = attention(in_blocks(q), keys, values, allowed=allowed, bias=addend, scale=scale)  # (b h) N c v
-    return o.flatten(1, 2)[:, :n].unflatten(0, (b, h))
+    exists = F.pad(real, (before * c, after * c + tail)).unfold(1, w, c)  # #b N w
+    offset = torch.arange(w, device=q.device) - before * c - torch.arange(c, device=q.device)[:, None]  # c w
+    allowed = (offset.abs() <= r) & (offset <= (0 if causal else r)) & exists[:, :, None]
+    # torch's fused kernel has no gradient for a bias, and takes it in the dtype of q only
+    fused = global_k is None and (bias is None or not (bias.requires_grad and torch.is_grad_enabled()))
+    dtype = q.dtype if fused else torch.promote_types(q.dtype, torch.float32)
+    near = q.new_zeros((), dtype=dtype)
+    if bias is not None:
+        table = bias[:, radius - r : radius + r + 1].to(dtype)
+        near = _by_offset(table, c, w, before * c).repeat(b, 1, 1)[:, None]  # (b h) 1 c w
+    near = _only(per_head(allowed), near)  # #(b h) N c w
+    qs, ks, vs = in_blocks(q), windows(k), windows(v)
+    if fused:
+        o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=near, scale=scale)  # (b h) N c v
+    else:
+        qs, ks, vs = (x.to(dtype) for x in (qs * (q.shape[-1] ** -0.5 if scale is None else scale), ks, vs))
+        s = qs @ ks.mT + near
+        if global_k is None or global_v is None:
+            o = s.softmax(-1) @ vs
+        else:
+            gk, gv = (x.to(dtype).flatten(0, 1) for x in (global_k, global_v))  # (b h) G e
+            far = qs.flatten(1, 2) @ gk.mT
+            addend = far.new_zeros(()) if global_bias is None else global_bias.to(dtype)
+            if global_mask is not None:
+                addend = _only(global_mask, addend)
+            far = far.unflatten(1, (blocks, c)) + in_blocks(addend.expand(b, h, n, gk.shape[1]))
+            a_near, a_far = torch.cat([s, far], -1).softmax(-1).split([w, gk.shape[1]], -1)
+            o = a_near @ vs + (a_far.flatten(1, 2) @ gv).unflatten(1, (blocks, c))
+        o = o.to(v.dtype)
+    o = o.flatten(1, 2)[:, :n].unflatten(0, (b, h))  # b h n v
+    if mask is None:
+        return o  # every query sees itself
+    some = allowed.any(-1).flatten(1)[:, None, :n, None]  # b 1 n 1
+    if global_k is not None:
+        any_far = q.new_ones(()).bool() if global_mask is None else global_mask.any(-1, keepdim=True)
+        some = some | (any_far if global_k.shape[2] else False)
+    return o.masked_fill(~some, 0.0)
+
+
+class _Windows(torch.autograd.Function):
+    """Overlapping views (b, N, w, e) of x (b, m, e), c apart; the gradient is added up in w / c passes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: int, c: int) -> Tensor:
+        return x.unfold(1, w, c).mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        ctx.c = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        blocks, w, e = dy.shape[1:]
+        parts = dy.unflatten(2, (w // ctx.c, ctx.c)).unbind(2)  # b N c e each
+        dx = dy.new_zeros(dy.shape[0], blocks + len(parts) - 1, ctx.c, e)
+        for i, part in enumerate(parts):
+            dx[:, i : i + blocks] += part
+        return dx.flatten(1, 2), None, None
+
+
+def _only(allowed: Tensor, addend: Tensor) -> Tensor:
+    # finite, so that a row without any key has finite weights and gradients before it is set to zero; half of the
+    # lowest, so that adding a score does not reach minus infinity
+    return torch.where(allowed, addend, torch.finfo(addend.dtype).min / 2)
 
 
 def local_attention_reference(
@@ -152,12 +200,13 @@ def _blank(mask: Tensor | None, *xs: Tensor) -> tuple[Tensor, ...]:
 def _by_offset(table: Tensor, c: int, w: int, before: int) -> Tensor:
     """The table (h, 2 r + 1) as the addend (h, c, w) of a block's scores; zeros outside the window.
 
-    Row a holds the table moved by a: the rows are overlapping views of one padded row, from the last one upwards.
+    Entry (a, s) belongs to offset s - before - a, so each row is the one above moved by one. A row of period c + w that
+    is read on and on, c + w - 1 numbers at a time, does this without an index, whose gradient would be slow.
     """
-    r = table.shape[-1] // 2
-    left = c - 1 + before - r
-    row = F.pad(table, (left, c + w - 1 - left - table.shape[-1]))
-    return row.unfold(1, w, 1).flip(1)
+    period = c + w
+    left = c - 1 + before - table.shape[-1] // 2
+    row = F.pad(table, (left, period - left - table.shape[-1])).roll(1 - c, 1)
+    return row.repeat(1, c)[:, : c * (period - 1)].unflatten(1, (c, period - 1))[..., :w]
 
 
 def _check(
