@@ -51,6 +51,9 @@ def wkv(
     Raises:
         ValueError: if the shapes do not fit.
     """
+    if k.shape[1:2] == (1,):
+        # the scan's kernels do not pay for a single token
+        return sequential_wkv(k, v, decay=decay, bonus=bonus, state=state)
     dtype = v.dtype
     k, v, decay, bonus, (num, den, top) = _prepare("wkv", k, v, decay, bonus, state)
     with torch.no_grad():
@@ -69,7 +72,7 @@ def wkv(
 def sequential_wkv(
     k: Tensor, v: Tensor, *, decay: Tensor, bonus: Tensor | None, state: WkvState | None = None
 ) -> tuple[Tensor, WkvState]:
-    """The plain form of :func:`wkv`, one token after another: the reference, and the quicker one for single tokens."""
+    """The plain form of :func:`wkv`, one token after another: the reference."""
     dtype = v.dtype
     k, v, decay, bonus, (num, den, top) = _prepare("sequential_wkv", k, v, decay, bonus, state)
     ys = []

@@ -146,17 +146,16 @@ def _prepare(
 def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, s: Tensor
 ) -> tuple[Tensor, Tensor]:
-    n = q.shape[2]
-    decay = None if g is None else (g[:, None].expand(-1, n) if g.dim() == 1 else g).exp()[..., None, None]
+    decay = None if g is None else (g[:, None].expand(-1, q.shape[2]) if g.dim() == 1 else g).exp()[..., None, None]
     ys = []
-    for t in range(n):
+    # unbind rather than indexing: the gradient of an index has the size of the whole
+    for t, (q_t, k_t, u) in enumerate(zip(q.unbind(2), k.unbind(2), v.unbind(2), strict=True)):
         if decay is not None:
             s = decay[..., t, :, :] * s
-        k_t, u = k[:, :, t, :, None], v[:, :, t, None]  # b h p 1, b h 1 v
         if beta is not None:
-            u = beta[:, :, t, None, None] * (u - k_t.mT @ s)  # (eq. 2)
-        s = s + k_t * u
-        ys.append(q[:, :, t, None] @ s)  # b h 1 v
+            u = beta[:, :, t, None] * (u - (k_t[..., None, :] @ s).squeeze(2))  # (eq. 2)
+        s = torch.addcmul(s, k_t[..., None], u[..., None, :])
+        ys.append(q_t[..., None, :] @ s)  # b h 1 v
     return torch.cat(ys, 2) if ys else v, s
 
 
