@@ -40,7 +40,7 @@ CARD = Card(
     ),
     exports={"rwkv": "RWKV"},
     cost="n",
-    flops="10 * n * d * d + 4 * n * d * hidden_dim",
+    flops="10 * n * d * d + 4 * n * d * (hidden_dim or 4 * d) + 6 * n * d",
     state="5 * d",
     claims=("causal", "padding", "exact_state", "nan_contained"),
     examples=(
