@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import pytest
 
 from tevo.cli import _flags, eval, generate, train
+from tevo.training import checkpoint, progress
+from tevo.training.progress import Silent
 from tevo.training.recipe import LanguageModelRecipe, read
 
 SMALL = ["--dim", "12", "--depth", "1", "--heads", "3", "--length", "13", "--batch", "4", "--examples", "5"]
@@ -72,13 +77,13 @@ def test_every_flag_shown_sets_its_field(field: Any) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["lm", "--mixr", "aft"], "unknown option '--mixr'; did you mean --mixer?"),
+        (["lm", "--mixr", "aft"], "unknown option '--mixr' (did you mean '--mixer'?)"),
         (["lm", "--lr", "fast"], "--lr: could not convert string to float: 'fast'"),
         (["lm", "--lr", "0"], "lr is 0.0, expected a finite number above 0"),
         (["lm", "--lr"], "Missing value for argument '--lr'"),
         (["lm", "--precision", "fp8"], "invalid choice 'fp8' for argument '--precision'"),
         (["lm", "--compile", "yes"], "unknown option 'yes'"),
-        (["lm", "--preset", "tny"], "unknown preset 'tny'; did you mean 'tiny'?"),
+        (["lm", "--preset", "tny"], "unknown preset 'tny' (did you mean 'tiny'?)"),
         (["lm", "--task", "recal"], "did you mean 'recall'"),
         (["lm", "--task", "recall", "--data", "x"], "task 'recall' makes its own data and has no use for data"),
         (["lm", "--mixer", "softmx"], "softmax"),
@@ -158,3 +163,18 @@ def test_a_dry_run_says_what_it_would_cost_and_leaves_nothing(
 def test_a_folder_that_is_no_run_is_refused(verb: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a run: it has no recipe\.json"):
         verb.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_and_sets_the_exit_code(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    class Killer(Silent):
+        def advance(self, step: int, steps: int, numbers: Mapping[str, float]) -> None:
+            if step == 1:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(progress, "Console", Killer)
+    run = tmp_path / "run"
+    assert train.main(["lm", "--data", str(text), *SMALL, "--run", str(run)]) == code
+    assert checkpoint.steps(run) == [2]

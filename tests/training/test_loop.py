@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -389,6 +390,22 @@ def test_training_learns(tmp_path: Path) -> None:
     run_toy(tmp_path, dropout=0.0, steps=80, lr=1e-2)
     losses = [r["loss"] for r in records(tmp_path) if "loss" in r]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_tensorboard_holds_each_step_or_its_absence_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(ValueError, match=r"needs the package tensorboard; pip install 'tevo\[track\]'"):
+            run_toy(tmp_path, **SHORT, tensorboard=True)
+        assert run_toy(tmp_path, **SHORT).finished
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(RuntimeError):
+        run_toy(tmp_path, watch=Listener(at=7, act=stop_hard), **SHORT, tensorboard=True)
+    run_toy(tmp_path, **SHORT, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
 
 
 @pytest.mark.slow

@@ -41,7 +41,9 @@ def test_presets_are_valid(preset: str) -> None:
 
 def test_an_unknown_key_is_refused_with_line_and_nearest_match(tmp_path: Path) -> None:
     file = written(tmp_path, "# mine\nsteps: 7\nwieght_decay: 0.1\n")
-    assert refusal(file) == f"{file}:3: unknown key 'wieght_decay'; did you mean 'weight_decay'?"
+    assert (
+        refusal(file) == f"{file}:3: unknown key 'wieght_decay' (did you mean 'weight_decay'?); see `tevo train --help`"
+    )
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(LanguageModelRecipe)])

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import Field, field, fields
-from difflib import get_close_matches
 from typing import Any, TypeVar
+
+from tevo.catalogue.rows import suggest
 
 T = TypeVar("T")
 
@@ -29,9 +30,7 @@ def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, verb: 
     values, rest = split(cls, argv, default=default, verb=verb)
     if rest:
         known = [_flag(f) for f in fields(cls)]  # type: ignore[arg-type]
-        close = get_close_matches(rest[0], known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"see `tevo {verb} --help`"
-        raise ValueError(f"unknown option {rest[0]!r}; {hint}")
+        raise ValueError(f"unknown option {rest[0]!r}{suggest(rest[0], known)}; see `tevo {verb} --help`")
     return values
 
 

@@ -244,6 +244,8 @@ class _Run:
             _checkpoint_activations(self.trainee.model)
         if recipe.compile:
             self.trainee.model.compile()
+        if recipe.tensorboard:
+            _summary_writer()  # refused before anything is written
         optimizer = torch.optim.AdamW(
             parameter_groups(self.trainee, weight_decay=recipe.weight_decay), lr=recipe.lr, betas=recipe.betas
         )
@@ -475,7 +477,8 @@ class _Metrics:
             # a killed run logged steps past its last checkpoint, perhaps half a line
             checkpoint.write_file(path, "".join(f"{json.dumps(r)}\n" for r in _records(path) if r["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
-        self._board = _board(folder / "tensorboard", step) if tensorboard else None
+        # events past the checkpoint are of steps that will be done again
+        self._board = _summary_writer()(str(folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
 
     def write(self, step: int, numbers: Mapping[str, float | None]) -> None:
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
@@ -511,12 +514,12 @@ def _last_score(folder: Path, metric: str) -> float | None:
     return scores[-1] if scores else None
 
 
-def _board(folder: Path, step: int) -> Any:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("tensorboard=true needs the package tensorboard; pip install 'tevo[track]'") from error
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    return SummaryWriter
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tevo.catalogue.rows import suggest
 
 __all__ = ["PRESETS", "RECIPES", "LanguageModelRecipe", "Recipe", "differences", "read", "resolve"]
 
@@ -147,7 +147,7 @@ def resolve(cls: type[R], *, preset: str | None = None, file: Path | None = None
     if preset is not None:
         kind = next(kind for kind, known in RECIPES.items() if known is cls)
         if preset not in PRESETS[kind]:
-            raise ValueError(f"unknown preset {preset!r}{_nearest(preset, PRESETS[kind])}")
+            raise ValueError(f"unknown preset {preset!r}{suggest(preset, PRESETS[kind])}")
         values |= PRESETS[kind][preset]
     if file is not None:
         values |= _read_values(cls, file)
@@ -164,7 +164,7 @@ def read(file: Path) -> Recipe:
     entries = _entries(file)
     kind, line = entries.get("kind", ("lm", 1))
     if kind not in RECIPES:
-        raise ValueError(f"{file}:{line}: unknown kind {kind!r}{_nearest(str(kind), RECIPES)}")
+        raise ValueError(f"{file}:{line}: unknown kind {kind!r}{suggest(str(kind), RECIPES)}")
     return resolve(RECIPES[kind], file=file)
 
 
@@ -193,9 +193,9 @@ def _read_values(cls: type[Recipe], file: Path) -> dict[str, Any]:
 
 
 def _fit(cls: type[Recipe], name: str, value: object, where: str) -> object:
-    known = {f.name for f in fields(cls)}
+    known = [f.name for f in fields(cls)]
     if name not in known:
-        raise ValueError(f"{where}: unknown key {name!r}{_nearest(name, known)}")
+        raise ValueError(f"{where}: unknown key {name!r}{suggest(name, known)}; see `tevo train --help`")
     return _coerce(get_type_hints(cls)[name], value, f"{where}: {name}")
 
 
@@ -274,8 +274,3 @@ def _entries(file: Path) -> dict[str, tuple[Any, int]]:
 
 _LIST_TAG = "tag:yaml.org,2002:seq"
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}
-
-
-def _nearest(name: str, known: Mapping[str, object] | set[str]) -> str:
-    close = get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(sorted(known))}"
