@@ -23,7 +23,7 @@ CARD = Card(
     exports={"alibi": "ALiBi"},
     cost="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shift_invariant", "shared_across_layers"),
-    examples=({"heads": 3}, {"heads": 4}),
+    examples=({"heads": 3}, {"heads": 4}, {"heads": 12}),
     departures=(
         "The paper is causal; with later keys visible the penalty is symmetric in the distance.",
         "Head counts that are no power of two take the paper's code's rule: slopes of the next lower power, then every "
@@ -32,24 +32,28 @@ CARD = Card(
 )
 
 
-def slopes(heads: int) -> list[float]:
-    """The fixed slopes m_h, in the order of the heads."""
+def exponents(heads: int) -> list[float]:
+    """The base-2 logarithms of the slopes m_h, in the order of the heads."""
     lower = 2 ** math.floor(math.log2(heads))
-    own = [2.0 ** (-8 * (h + 1) / lower) for h in range(lower)]
-    extra = [2.0 ** (-8 * (h + 1) / (2 * lower)) for h in range(0, 2 * (heads - lower), 2)]
+    own = [-8 * (h + 1) / lower for h in range(lower)]
+    extra = [-8 * (h + 1) / (2 * lower) for h in range(0, 2 * (heads - lower), 2)]
     return own + extra
 
 
 class ALiBi(Position):
     """Attention with linear biases."""
 
-    slopes: Tensor
+    exponents: Tensor
 
     def __init__(self, *, heads: int) -> None:
         super().__init__()
-        self.register_buffer("slopes", torch.tensor(slopes(heads)), persistent=False)
+        # unlike the slopes, their exponents are exact in every dtype that the model may be moved to
+        self.register_buffer("exponents", torch.tensor(exponents(heads)), persistent=False)
 
     def bias(self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
         """(#b, h, n, m)."""
-        distance = (q_at[:, :, None] - k_at[:, None, :]).abs()  # b n m
-        return -self.slopes.to(q.dtype)[:, None, None] * distance[:, None]
+        # half precision cannot tell long distances apart before they are multiplied
+        wide = torch.promote_types(q.dtype, torch.float32)
+        slopes = self.exponents.to(wide).exp2()[:, None, None]
+        distance = (q_at[:, :, None] - k_at[:, None, :]).abs()[:, None]  # b 1 n m
+        return -(slopes * distance).to(q.dtype)

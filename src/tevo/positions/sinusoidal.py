@@ -25,7 +25,7 @@ CARD = Card(
     exports={"sinusoidal": "Sinusoidal"},
     cost="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shared_across_layers"),
-    examples=({}, {"base": 100.0}),
+    examples=({}, {"base": 100.0}, {"base": 7.0}),
 )
 
 

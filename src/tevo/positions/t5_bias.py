@@ -27,6 +27,7 @@ CARD = Card(
     examples=(
         {"heads": 3, "buckets": 8, "max_distance": 9},
         {"heads": 3, "causal": True, "buckets": 6, "max_distance": 16},
+        {"heads": 5, "buckets": 13, "max_distance": 20},
     ),
 )
 
