@@ -6,7 +6,7 @@
 
 Letters beyond the shared ones: r radius, N blocks, c queries of a block, w keys of its window, G global keys.
 A block of c = r / 2 queries needs the w = 5 c keys around it (3 c where causal), which are an overlapping view of the
-keys, so the cost is n w instead of n^2: FLOPs 2 n (w + G) (e + v) per head.
+keys, so the cost is n w instead of n^2: FLOPs 2 n (w + G) (e + v) per head. Without a graph c = r / 4 and w = 9 c.
 """
 
 from __future__ import annotations
@@ -71,27 +71,25 @@ def local_attention(
     k, v = _blank(mask, k, v)
     # a window that is wider than the sequence is the sequence
     r = min(radius, n - 1)
-    # half a radius: of the 5 c keys that a block then needs, each query sees four fifths
-    c = min(n, max(SMALLEST_BLOCK, -(-r // 2)))
+    # smaller blocks need fewer keys in vain (w = (2 p + 1) c for c = r / p), but each key appears in more windows, whose
+    # gradients must be added up
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    c = min(n, max(SMALLEST_BLOCK, -(-r // (2 if trained else 4))))
     blocks = -(-n // c)
     before = 0 if blocks == 1 else -(-r // c)  # blocks of keys before and after a block of queries
     after = 0 if causal else before
     w, tail = (before + 1 + after) * c, blocks * c - n
 
     def windows(x: Tensor) -> Tensor:  # b h n e -> (b h) N w e
-        padded: Tensor = F.pad(x, (0, 0, before * c, after * c + tail))
-        return _Windows.apply(padded.flatten(0, 1), w, c)
+        return _Windows.apply(_pad(x, before * c, after * c + tail).flatten(0, 1), w, c)
 
     def in_blocks(x: Tensor) -> Tensor:  # b h n e -> (b h) N c e
-        return F.pad(x, (0, 0, 0, tail)).flatten(0, 1).unflatten(1, (blocks, c))
-
-    def per_head(x: Tensor) -> Tensor:  # #b N c w -> #(b h) N c w
-        return x if x.shape[0] == 1 else x.repeat_interleave(h, 0)
+        return _pad(x, 0, tail).flatten(0, 1).unflatten(1, (blocks, c))
 
     real = q.new_ones(1, n, dtype=torch.bool) if mask is None else mask
     exists = F.pad(real, (before * c, after * c + tail)).unfold(1, w, c)  # #b N w
-    offset = torch.arange(w, device=q.device) - before * c - torch.arange(c, device=q.device)[:, None]  # c w
-    allowed = (offset.abs() <= r) & (offset <= (0 if causal else r)) & exists[:, :, None]
+    offset = torch.arange(w, device=q.device) - before * c - torch.arange(c, device=q.device)[:, None]
+    inside = (offset.abs() <= r) & (offset <= (0 if causal else r))  # c w
     # torch's fused kernel has no gradient for a bias, and takes it in the dtype of q only
     fused = global_k is None and (bias is None or not (bias.requires_grad and torch.is_grad_enabled()))
     dtype = q.dtype if fused else torch.promote_types(q.dtype, torch.float32)
@@ -99,12 +97,14 @@ def local_attention(
     if bias is not None:
         table = bias[:, radius - r : radius + r + 1].to(dtype)
         near = _by_offset(table, c, w, before * c).repeat(b, 1, 1)[:, None]  # (b h) 1 c w
-    near = _only(per_head(allowed), near)  # #(b h) N c w
+    absent = _only(exists, near.new_zeros(()))[:, :, None]  # #b N 1 w
+    near = _only(inside, near) + (absent if mask is None else absent.repeat_interleave(h, 0))  # #(b h) N c w
     qs, ks, vs = in_blocks(q), windows(k), windows(v)
     if fused:
         o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=near, scale=scale)  # (b h) N c v
     else:
-        qs, ks, vs = (x.to(dtype) for x in (qs * (q.shape[-1] ** -0.5 if scale is None else scale), ks, vs))
+        qs, ks, vs = (x.to(dtype) for x in (qs, ks, vs))
+        qs = qs * (q.shape[-1] ** -0.5 if scale is None else scale)
         s = qs @ ks.mT + near
         if global_k is None or global_v is None:
             o = s.softmax(-1) @ vs
@@ -121,7 +121,7 @@ def local_attention(
     o = o.flatten(1, 2)[:, :n].unflatten(0, (b, h))  # b h n v
     if mask is None:
         return o  # every query sees itself
-    some = allowed.any(-1).flatten(1)[:, None, :n, None]  # b 1 n 1
+    some = (inside & exists[:, :, None]).any(-1).flatten(1)[:, None, :n, None]  # b 1 n 1
     if global_k is not None:
         any_far = q.new_ones(()).bool() if global_mask is None else global_mask.any(-1, keepdim=True)
         some = some | (any_far if global_k.shape[2] else False)
@@ -152,9 +152,16 @@ class _Windows(torch.autograd.Function):
 
 
 def _only(allowed: Tensor, addend: Tensor) -> Tensor:
-    # finite, so that a row without any key has finite weights and gradients before it is set to zero; half of the
-    # lowest, so that adding a score does not reach minus infinity
-    return torch.where(allowed, addend, torch.finfo(addend.dtype).min / 2)
+    # finite, so that a row without any key has finite weights and gradients before it is set to zero; a quarter of the
+    # lowest number, so that two of them and a score do not reach minus infinity
+    return torch.where(allowed, addend, torch.finfo(addend.dtype).min / 4)
+
+
+def _pad(x: Tensor, before: int, after: int) -> Tensor:
+    """``x`` (b, h, n, e) with zero tokens around it; F.pad would write all of it twice, and copy even without any."""
+    b, h, _, e = x.shape
+    parts = [x.new_zeros(b, h, m, e) for m in (before, after)]
+    return torch.cat([parts[0], x, parts[1]], 2) if before + after else x
 
 
 def local_attention_reference(
