@@ -131,6 +131,17 @@ def test_the_first_line_says_where_output_goes_and_how_to_resume(tmp_path: Path)
     assert "run the same command again to resume" in listener.lines[0]
 
 
+@pytest.mark.parametrize("name", ["with spaces", "ünï/cödé", "a" * 200])
+def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
+    assert run_toy(tmp_path / name, **SHORT).finished
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match="run"):
+        run_toy(tmp_path / "run", **SHORT)
+
+
 def test_another_recipe_in_the_same_folder_is_refused_by_key(tmp_path: Path) -> None:
     run_toy(tmp_path, **SHORT)
     with pytest.raises(ValueError, match=r"holds a run with lr=0\.001, got lr=0\.5; choose another folder"):

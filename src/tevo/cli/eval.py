@@ -29,10 +29,13 @@ def main(argv: list[str]) -> int:
     folder, *flags = argv
     options = parse(Options, flags, verb="eval")
 
+    import torch
+
     from tevo.training import lm
     from tevo.training.loop import evaluate
 
     recipe, task, model, step = lm.restore(Path(folder))
+    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
     score = evaluate(model, task, split=options.split, batch=recipe.batch)
     numbers = {"run": folder, "step": step, "split": options.split, "metric": task.metric, "score": score}
     numbers |= {"chance": task.chance, "baselines": task.baselines, "rows": task.examples, "length": task.length}

@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     from tevo.training.progress import Console
 
     result = lm.run(recipe, folder=folder, watch=Console())
+    if result.finished:
+        print(f"next: tevo eval {folder}")
     return 130 if result.signal == signal.SIGINT else 0
 
 

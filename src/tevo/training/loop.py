@@ -190,8 +190,9 @@ def evaluate(model: nn.Module, task: Data, *, split: str, batch: int) -> float:
         with torch.random.fork_rng(devices):
             total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
             for rows in task.batches(split, batch):
-                one, items = task.score(model(rows["inputs"].to(device)), rows["targets"].to(device))
-                total, count = total + one.cpu(), count + items.cpu()
+                # scores are float64, which not every device has
+                one, items = task.score(model(rows["inputs"].to(device)).cpu(), rows["targets"])
+                total, count = total + one, count + items
     finally:
         model.train(training)
     return float(total / count)
@@ -247,7 +248,10 @@ class _Run:
         if recipe.tensorboard:
             _summary_writer()  # refused before anything is written
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.trainee, weight_decay=recipe.weight_decay), lr=recipe.lr, betas=recipe.betas
+            parameter_groups(self.trainee, weight_decay=recipe.weight_decay),
+            lr=recipe.lr,
+            betas=recipe.betas,
+            fused=True,
         )
         self.wrapped, self.optimizer = accelerator.prepare(self.trainee, optimizer)
         self.trainee.train()
@@ -290,8 +294,8 @@ class _Run:
                 if keep_log is not None and (last or self.step % recipe.log_every == 0):
                     keep_log.write(self.step, {**numbers, "seconds": round(self.seconds, 3)})
                 if last or self.step % recipe.eval_every == 0:
-                    if self.main:
-                        self.score = self._evaluate()
+                    # by every process: the others would only wait
+                    self.score = self._evaluate()
                     if keep_log is not None:
                         keep_log.write(self.step, {f"valid_{self.task.metric}": self.score})
                 self.watch.advance(self.step, recipe.steps, self._shown(numbers))
@@ -305,7 +309,7 @@ class _Run:
         if not finished:
             self.watch.say(f"stopped at step {saved} of {recipe.steps}, saved; run the same command again to resume")
         else:
-            self.watch.say(f"finished {recipe.steps} steps; valid {self.task.metric} {self.score}; {self.folder}")
+            self.watch.say(f"{self.folder}: finished {recipe.steps} steps; valid {self.task.metric} {self.score:.4f}")
         return Result(
             folder=self.folder, step=self.step, finished=finished, signal=None if finished else stop, score=self.score
         )
@@ -442,7 +446,7 @@ class _Run:
         for name, parameter in self.trainee.named_parameters():
             if f"{name}.step" in moments:
                 self.optimizer.state[parameter] = {
-                    "step": moments[f"{name}.step"].clone(),
+                    "step": moments[f"{name}.step"].to(parameter.device, copy=True),
                     "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device, copy=True),
                     "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device, copy=True),
                 }
