@@ -284,7 +284,6 @@ class _Run:
         recipe = self.recipe
         keep_log = _Metrics(self.folder, self.step, tensorboard=recipe.tensorboard) if self.main else None
         began = time.perf_counter() - self.seconds
-        saved = self.step
         stop: int | None = None
         try:
             while self.step < recipe.steps and stop is None:
@@ -301,13 +300,14 @@ class _Run:
                 self.watch.advance(self.step, recipe.steps, self._shown(numbers))
                 if last or stop is not None or self.step % recipe.save_every == 0:
                     self._save(keep_log)
-                    saved = self.step
         finally:
             if keep_log is not None:
                 keep_log.close()
         finished = self.step == recipe.steps
         if not finished:
-            self.watch.say(f"stopped at step {saved} of {recipe.steps}, saved; run the same command again to resume")
+            self.watch.say(
+                f"stopped at step {self.step} of {recipe.steps}, saved; run the same command again to resume"
+            )
         else:
             self.watch.say(f"{self.folder}: finished {recipe.steps} steps; valid {self.task.metric} {self.score:.4f}")
         return Result(
