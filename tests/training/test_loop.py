@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,12 @@ def test_what_cannot_be_honoured_is_refused(tmp_path: Path) -> None:
         run_toy(tmp_path, **SHORT, checkpoint_activations=True)
     with pytest.raises(ValueError, match="batch=6 cannot be cut into accumulate=4"):
         run_toy(tmp_path, **SHORT, accumulate=4)
+
+
+def test_without_accelerate_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ValueError, match=r"needs the package accelerate; pip install 'tevo\[train\]'"):
+        run_toy(tmp_path, **SHORT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do fp16")
