@@ -34,7 +34,7 @@ class Induction(Task):
 
     name = "induction"
 
-    def __init__(self, *, length: int = 64, vocab: int = 16, examples: int = 512) -> None:
+    def __init__(self, *, length: int = 32, vocab: int = 16, examples: int = 512) -> None:
         if length < 3 or vocab < 3:
             raise ValueError(f"task 'induction': length={length} and vocab={vocab}, expected both >= 3")
         chance = 1 / (vocab - 1)
@@ -71,13 +71,14 @@ class RepeatedBigram(Task):
 
     Args:
         length: tokens per row, >= 4.
-        vocab: tokens, >= n/2.
+        vocab: tokens, >= n/2; None for as many as the row has places.
         examples: rows of each held-out split.
     """
 
     name = "repeated_bigram"
 
-    def __init__(self, *, length: int = 64, vocab: int = 64, examples: int = 512) -> None:
+    def __init__(self, *, length: int = 32, vocab: int | None = None, examples: int = 512) -> None:
+        vocab = length if vocab is None else vocab
         if length < 4 or vocab < length // 2:
             raise ValueError(
                 f"task 'repeated_bigram': length={length} and vocab={vocab}, expected length >= 4 and vocab >= length/2"

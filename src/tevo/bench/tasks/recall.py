@@ -33,7 +33,7 @@ class Recall(Task):
 
     name = "recall"
 
-    def __init__(self, *, length: int = 64, vocab: int = 64, pairs: int = 4, examples: int = 512) -> None:
+    def __init__(self, *, length: int = 32, vocab: int = 32, pairs: int = 4, examples: int = 512) -> None:
         if pairs < 1 or length % 2 or length < 4 * pairs:
             raise ValueError(
                 f"task 'recall': length={length} with pairs={pairs}, expected pairs >= 1 and an even length >= 4 pairs"

@@ -29,7 +29,7 @@ class SelectiveCopy(Task):
 
     name = "selective_copy"
 
-    def __init__(self, *, length: int = 64, vocab: int = 16, tokens: int = 8, examples: int = 512) -> None:
+    def __init__(self, *, length: int = 32, vocab: int = 16, tokens: int = 8, examples: int = 512) -> None:
         if tokens < 1 or length < 2 * tokens:
             raise ValueError(
                 f"task 'selective_copy': length={length} with tokens={tokens}, expected tokens >= 1 and "
