@@ -6,7 +6,7 @@ full: w = a b^T is learned for all pairs of positions; local: w_ts = 0 where |t 
 contribute; simple: w = 0. With E = e^{w - max w} and K = e^{k - max k} both sums are matrix products E (K v), E K     (2)
 
 The causal form of (2) may not take the maximum over later keys. It halves the sequence again and again: the queries of
-each right half see all keys of the left half, in one product with the left half's own maximum; blocks of at most 16
+each right half see all keys of the left half, in one product with the left half's own maximum; blocks of at most 8
 tokens are left, which are summed directly. Letters: T queries, S keys of a product.
 
 Cost O(n^2 d) FLOPs but O(n d) memory beside w (full, local), O(n d) (simple). State: keys and values of all past tokens
@@ -67,7 +67,7 @@ CARD = Card(
 )
 
 # blocks that are summed directly have half to all of this many tokens
-_DIRECT = 16
+_DIRECT = 8
 
 # numerator, denominator, and the exponent that is taken out of both; each broadcastable to (b, T, d)
 Sums = tuple[Tensor, Tensor, Tensor]
