@@ -168,6 +168,8 @@ def _chunked(
     q, k, u = (t.reshape(b * h, r, c, t.shape[-1]) for t in (q, k, v))
     state = state.flatten(0, 1)
     scores = q @ k.mT  # bh r c c
+    if g is None:
+        scores = scores.tril()
     left = q.new_ones(1)  # of a state after a whole chunk
     earlier = k  # keys as a state's end of chunk sees them
     if g is not None:
@@ -179,7 +181,6 @@ def _chunked(
         fade = sums.exp()[..., None]
         left, q = fade[..., -1, :], q * fade
         earlier = k * (sums[..., -1:] - sums).exp()[..., None]
-    scores = scores.tril()
     if beta is None:
         added = (earlier.mT @ u).flatten(2)  # bh r pv
         states, last = scan(left, added, state.flatten(1))
