@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -93,13 +94,17 @@ def test_ten_files_are_held_out_whole(tmp_path: Path) -> None:
     assert Counter(whole(corpus)) == Counter(b"".join(files.values()))
 
 
-def test_a_file_of_more_than_a_fifth_is_never_held_out_whole(tmp_path: Path) -> None:
-    sizes = {f"f{i}": 100 + i for i in range(11)} | {"big": 500}
-    for name, size in sizes.items():
-        write(tmp_path, **{name: os.urandom(1).replace(b"\0", b"x") * size})
-    corpus = files_corpus(tmp_path)
-    assert "big.txt" in corpus.files["train"]
-    assert all("big.txt" not in corpus.files[split] for split in ("valid", "test"))
+def test_files_are_held_out_in_the_order_of_the_hash_of_their_path(tmp_path: Path) -> None:
+    corpus = files_corpus(write(tmp_path, **{f"f{i}": bytes([65 + i]) * 50 for i in range(12)}))
+    order = sorted((f"f{i}.txt" for i in range(12)), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert (corpus.files["valid"], corpus.files["test"]) == ((order[0],), (order[1],))
+
+
+@pytest.mark.parametrize("big", range(11))
+def test_a_file_of_more_than_a_fifth_is_never_held_out_whole(tmp_path: Path, big: int) -> None:
+    corpus = files_corpus(write(tmp_path, **{f"f{i}": bytes([65 + i]) * (400 if i == big else 100) for i in range(11)}))
+    assert f"f{big}.txt" in corpus.files["train"]
+    assert all(len(corpus.files[split]) == 1 for split in ("valid", "test"))
 
 
 def test_ten_files_of_which_one_is_nearly_all_give_their_last_tenth(tmp_path: Path) -> None:
