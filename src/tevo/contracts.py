@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from tevo.functional.attention import scores as scaled_scores
@@ -167,3 +168,8 @@ class Objective(nn.Module):
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
         """``batch`` as the task makes it."""
         raise NotImplementedError
+
+    def items(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many items of a batch the loss is a mean of: the weight of a slice in a whole batch. Rows by default."""
+        first = next(iter(batch.values()))
+        return torch.tensor(float(len(first)), device=first.device)

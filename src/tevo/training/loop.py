@@ -347,8 +347,7 @@ class _Run:
         return {**numbers, "lr": rate}, stop
 
     def _items(self, batch: dict[str, Tensor]) -> float:
-        items: Callable[[dict[str, Tensor]], Tensor] | None = getattr(self.trainee.objective, "items", None)
-        return float(items(batch)) if items is not None else float(len(next(iter(batch.values()))))
+        return float(self.trainee.objective.items(batch))
 
     def _no_sync(self, micro: int) -> AbstractContextManager[None]:
         if micro + 1 == self.recipe.accumulate:
