@@ -23,6 +23,7 @@ CARD = Card(
     flops="4 * n * d * (hidden_dim or 4 * d)",
     claims=("token_wise",),
     examples=({"dim": 12}, {"dim": 5, "hidden_dim": 7}, {"dim": 3, "hidden_dim": 2, "bias": False}),
+    equals=("transformers 5.23.0 T5DenseActDense (ReLU, no biases); values in tests/golden/glu_variants_a.npz",),
 )
 
 

@@ -24,6 +24,7 @@ CARD = Card(
     cost="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shift_invariant", "shared_across_layers"),
     examples=({"heads": 3}, {"heads": 4}, {"heads": 12}),
+    equals=("transformers 5.23.0 BloomAttention; values in tests/golden/softmax_alibi_a.npz",),
     departures=(
         "The paper is causal; with later keys visible the penalty is symmetric in the distance.",
         "Head counts that are no power of two take the paper's code's rule: slopes of the next lower power, then every "

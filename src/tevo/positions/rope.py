@@ -28,6 +28,7 @@ CARD = Card(
     cost="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shift_invariant", "shared_across_layers"),
     examples=({}, {"base": 100.0}, {"base": 7.0}),
+    equals=("transformers 5.23.0 LlamaAttention and LlamaRotaryEmbedding; values in tests/golden/softmax_rope_a.npz",),
     departures=(
         "Features are paired (j, j + e/2) as in GPT-NeoX and Llama instead of (2j, 2j + 1) as in the paper: a fixed "
         "permutation of the query and key features, so that trained models are equivalent and weights are interchangeable "

@@ -29,6 +29,7 @@ CARD = Card(
         {"heads": 3, "causal": True, "buckets": 6, "max_distance": 16},
         {"heads": 5, "buckets": 13, "max_distance": 20},
     ),
+    equals=("transformers 5.23.0 T5Attention; values in tests/golden/softmax_t5_bias_a.npz",),
 )
 
 

@@ -48,8 +48,8 @@ CARD = Card(
         "Adds 2 d parameters a layer.",
         "The distance is signed and later keys may be visible; the released shift of a matrix is right for earlier keys "
         "only. Nothing changes under a causal mask.",
-        "The position term costs h times what the released shift of a matrix costs; in return any positions are "
-        "allowed, and no value of them is read.",
+        "The position term takes h times the FLOPs of the released shift of a matrix, in products alone; in return any "
+        "positions are allowed, and no value of them is read.",
         "Distances are not clamped (clamp_len of the released code).",
     ),
     notes=(
