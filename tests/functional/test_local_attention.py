@@ -173,6 +173,20 @@ def test_a_query_without_keys_gives_zeros_and_finite_gradients(parts, trained):
     assert all(torch.equal(x, torch.zeros_like(x)) for x in got.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_large_bias_revives_no_masked_key(dtype):
+    made = {
+        k: x.detach() if isinstance(x, Tensor) else x for k, x in example(13, 2, ("mask", "bias"), dtype=dtype).items()
+    }
+    made["mask"] = torch.arange(13).expand(2, 13) >= 6
+    made["bias"] = torch.full((H, 5), 50.0, dtype=dtype)
+    o = local_attention(**made)
+    assert torch.equal(o[:, :, :4], torch.zeros(2, H, 4, V, dtype=dtype))
+    # the same addend for every key changes nothing; rounding of scores near 50 does, in the dtype of the addend
+    want = local_attention(**{k: x for k, x in made.items() if k != "bias"})
+    torch.testing.assert_close(o, want, rtol=0, atol=100 * torch.finfo(dtype).eps)
+
+
 def test_no_tokens_give_no_output_and_gradients_of_zero():
     made = example(0, 3)
     got = value_and_gradients(local_attention, made)

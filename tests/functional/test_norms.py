@@ -8,9 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from tevo.functional import norms
 from tevo.functional.norms import rms_norm, rms_norm_reference
 
 EPS = 1e-5
+
+
+@pytest.fixture(autouse=True, params=[0, norms.SMALL], ids=["function", "torch"])
+def small(request, monkeypatch):
+    # every claim holds for both forms, whatever the size
+    monkeypatch.setattr(norms, "SMALL", request.param)
+    return request.param
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +164,8 @@ def test_a_weight_of_another_width_is_refused():
         rms_norm(torch.randn(7, 12), torch.ones(11), EPS)
 
 
-def test_saves_only_the_input_the_weight_and_one_number_per_token():
+def test_saves_only_the_input_the_weight_and_one_number_per_token(monkeypatch):
+    monkeypatch.setattr(norms, "SMALL", 0)
     saved: list[int] = []
     x, weight, _ = inputs(7, 12)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):

@@ -74,7 +74,9 @@ def local_attention(
     # smaller blocks need fewer keys in vain (w = (2 p + 1) c for c = r / p), but each key appears in more windows, whose
     # gradients must be added up
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    c = min(n, max(SMALLEST_BLOCK, -(-r // (2 if trained else 4))))
+    c = max(SMALLEST_BLOCK, -(-r // (2 if trained else 4)))
+    # up to four radii one block, which is the dense form, is as fast
+    c = n if n <= max(4 * r, c) else c
     blocks = -(-n // c)
     before = 0 if blocks == 1 else -(-r // c)  # blocks of keys before and after a block of queries
     after = 0 if causal else before
@@ -88,17 +90,15 @@ def local_attention(
 
     real = q.new_ones(1, n, dtype=torch.bool) if mask is None else mask
     exists = F.pad(real, (before * c, after * c + tail)).unfold(1, w, c)  # #b N w
-    offset = torch.arange(w, device=q.device) - before * c - torch.arange(c, device=q.device)[:, None]
-    inside = (offset.abs() <= r) & (offset <= (0 if causal else r))  # c w
     # torch's fused kernel has no gradient for a bias, and takes it in the dtype of q only
     fused = global_k is None and (bias is None or not (bias.requires_grad and torch.is_grad_enabled()))
     dtype = q.dtype if fused else torch.promote_types(q.dtype, torch.float32)
-    near = q.new_zeros((), dtype=dtype)
+    table = q.new_zeros(1, 2 * r + 1, dtype=dtype)
     if bias is not None:
-        table = bias[:, radius - r : radius + r + 1].to(dtype)
-        near = _by_offset(table, c, w, before * c).repeat(b, 1, 1)[:, None]  # (b h) 1 c w
-    absent = _only(exists, near.new_zeros(()))[:, :, None]  # #b N 1 w
-    near = _only(inside, near) + (absent if mask is None else absent.repeat_interleave(h, 0))  # #(b h) N c w
+        table = bias[:, radius - r : radius + r + 1].to(dtype).repeat(b, 1)
+    window = _by_offset(table[:, : r + 1] if causal else table, c, w, before * c - r)[:, None]  # 1|(b h) 1 c w
+    absent = _only(exists, table.new_zeros(()))[:, :, None]  # #b N 1 w
+    near = window + (absent if mask is None else absent.repeat_interleave(h, 0))  # #(b h) N c w
     qs, ks, vs = in_blocks(q), windows(k), windows(v)
     if fused:
         o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=near, scale=scale)  # (b h) N c v
@@ -121,7 +121,8 @@ def local_attention(
     o = o.flatten(1, 2)[:, :n].unflatten(0, (b, h))  # b h n v
     if mask is None:
         return o  # every query sees itself
-    some = (inside & exists[:, :, None]).any(-1).flatten(1)[:, None, :n, None]  # b 1 n 1
+    # b 1 n 1: whether any key of the window exists
+    some = (near[::h] > _lowest(dtype) / 2).any(-1).flatten(1)[:, None, :n, None]
     if global_k is not None:
         any_far = q.new_ones(()).bool() if global_mask is None else global_mask.any(-1, keepdim=True)
         some = some | (any_far if global_k.shape[2] else False)
@@ -151,10 +152,14 @@ class _Windows(torch.autograd.Function):
         return dx.flatten(1, 2), None, None
 
 
+def _lowest(dtype: torch.dtype) -> float:
+    # in place of minus infinity, so that a row without any key has finite weights and gradients before it is set to
+    # zero; a quarter of the lowest number, so that two of them and a score stay finite
+    return torch.finfo(dtype).min / 4
+
+
 def _only(allowed: Tensor, addend: Tensor) -> Tensor:
-    # finite, so that a row without any key has finite weights and gradients before it is set to zero; a quarter of the
-    # lowest number, so that two of them and a score do not reach minus infinity
-    return torch.where(allowed, addend, torch.finfo(addend.dtype).min / 4)
+    return torch.where(allowed, addend, _lowest(addend.dtype))
 
 
 def _pad(x: Tensor, before: int, after: int) -> Tensor:
@@ -204,15 +209,14 @@ def _blank(mask: Tensor | None, *xs: Tensor) -> tuple[Tensor, ...]:
     return xs if mask is None else tuple(x.masked_fill(~mask[:, None, :, None], 0.0) for x in xs)
 
 
-def _by_offset(table: Tensor, c: int, w: int, before: int) -> Tensor:
-    """The table (h, 2 r + 1) as the addend (h, c, w) of a block's scores; zeros outside the window.
+def _by_offset(table: Tensor, c: int, w: int, start: int) -> Tensor:
+    """The table (h, t) as the addend (h, c, w) of a block's scores; elsewhere the lowest.
 
-    Entry (a, s) belongs to offset s - before - a, so each row is the one above moved by one. A row of period c + w that
-    is read on and on, c + w - 1 numbers at a time, does this without an index, whose gradient would be slow.
+    Row a holds the table from column start + a on. A row of period c + w that is read on and on, c + w - 1 numbers at a
+    time, moves by one each time without an index, whose gradient would be slow.
     """
-    period = c + w
-    left = c - 1 + before - table.shape[-1] // 2
-    row = F.pad(table, (left, period - left - table.shape[-1])).roll(1 - c, 1)
+    period, left = c + w, c - 1 + start
+    row = F.pad(table, (left, period - left - table.shape[-1]), value=_lowest(table.dtype)).roll(1 - c, 1)
     return row.repeat(1, c)[:, : c * (period - 1)].unflatten(1, (c, period - 1))[..., :w]
 
 

@@ -13,9 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["rms_norm", "rms_norm_reference"]
+
+# numbers in x below which the passes over memory cost less than calling a Function
+SMALL = 2**16
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,6 +35,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(
             f"rms_norm: weight has shape {tuple(weight.shape)} and x {tuple(x.shape)}; weight must be (d,) for x (..., d)"
         )
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < SMALL:
+        # compilers and other devices fuse torch's own form; it warns where the dtypes differ
+        if x.dtype == weight.dtype:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return rms_norm_reference(x, weight, eps)
     y: Tensor = _RMSNorm.apply(x, weight, eps)[0]
     return y
 
