@@ -201,7 +201,7 @@ _NAMES = """
     lift_fresh_copy linspace logcumsumexp masked_fill masked_scatter masked_select max_pool1d native_dropout
     native_dropout_backward native_group_norm native_group_norm_backward native_layer_norm
     native_layer_norm_backward new_empty new_empty_strided new_full new_ones new_zeros nll_loss2d_backward
-    nll_loss2d_forward nll_loss_backward nll_loss_forward nonzero norm one_hot ones ones_like rand rand_like
+    nll_loss2d_forward nll_loss_backward nll_loss_forward nonzero norm one_hot ones ones_like polar promote_types rand rand_like
     randint randn randn_like randperm reflection_pad1d repeat repeat_interleave replication_pad1d rms_norm roll
     scalar_tensor scatter scatter_add scatter_reduce select_backward select_scatter slice_backward slice_scatter
     split_with_sizes_copy stack tril tril_indices triu triu_indices unbind_copy unfold_backward
