@@ -86,7 +86,7 @@ def causal_linear_attention(
     for i, size in enumerate(sizes):
         y, state = _chunked(q_i[i], k_i[i], v_i[i], g_i[i], beta_i[i], state, min(c, size))
         ys.append(y)
-    return torch.cat(ys, 2).to(dtype), state
+    return (torch.cat(ys, 2) if len(ys) > 1 else ys[0]).to(dtype), state
 
 
 def normalised_causal_linear_attention(
