@@ -152,6 +152,22 @@ def test_compiles_to_one_graph() -> None:
     torch.testing.assert_close(y, wkv(k, v, decay=decay, bonus=bonus)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 40])
+def test_vmap_over_models_equals_a_loop(n: int) -> None:
+    k, v, _, _ = make(n)
+    rng = torch.Generator().manual_seed(5)
+    decay = torch.rand(3, D, dtype=torch.float64, generator=rng)
+    bonus = torch.randn(3, D, dtype=torch.float64, generator=rng)
+
+    def total(decay: Tensor, bonus: Tensor) -> Tensor:
+        return wkv(k.detach(), v.detach(), decay=decay, bonus=bonus)[0].square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(total, argnums=(0, 1)))(decay, bonus)
+    for i in range(3):
+        looped = torch.func.grad(total, argnums=(0, 1))(decay[i], bonus[i])
+        torch.testing.assert_close(tuple(g[i] for g in mapped), looped, rtol=1e-10, atol=1e-12)
+
+
 def test_refuses_shapes_that_do_not_fit() -> None:
     k, v, decay, bonus = make(4)
     with pytest.raises(ValueError, match=r"expected both \(b, n, d\)"):

@@ -182,3 +182,5 @@ def test_refuses_shapes_that_do_not_fit() -> None:
         scan(a[:, :3], b, state)
     with pytest.raises(ValueError, match="state of shape"):
         scan(a, b, state[:, :2])
+    with pytest.raises(ValueError, match="matrix_scan got a"):
+        matrix_scan(a[..., None], b[..., None], state[..., None])

@@ -12,7 +12,7 @@ that no size of k overflows. Cost: O(n d) FLOPs; state: 3 d numbers. Source: arX
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def wkv(
     k, v, decay, bonus, (num, den, top) = _prepare("wkv", k, v, decay, bonus, state)
     with torch.no_grad():
         # the result does not depend on the maxima: they are constants to autograd
-        tops = _decayed_maximum(k, decay, top)
+        tops = _decayed_maximum(k, decay[None], top)
         earlier = _before(tops, top)
     a = (earlier - tops - decay).exp()
     e = (k - tops).exp()
@@ -141,7 +141,7 @@ def _ratio(num: Tensor, den: Tensor) -> Tensor:
 
 @torch.library.custom_op("tevo::decayed_maximum", mutates_args=())
 def _decayed_maximum(k: Tensor, decay: Tensor, top: Tensor) -> Tensor:
-    """All m_t = max(m_{t-1} - w, k_t), by rows that advance together as in :func:`tevo.functional.scan.scan`."""
+    """All m_t = max(m_{t-1} - w, k_t) for w (#b, d), by rows that advance together as in :func:`tevo.functional.scan.scan`."""
     x = k.new_empty(k.shape)
     _fill(k, x, decay, top)
     return x
@@ -152,6 +152,17 @@ def _(k: Tensor, decay: Tensor, top: Tensor) -> Tensor:
     return k.new_empty(k.shape)
 
 
+@_decayed_maximum.register_vmap
+def _(info: Any, dims: tuple[int | None, ...], k: Tensor, decay: Tensor, top: Tensor) -> tuple[Tensor, int]:
+    """The mapped dimension joins the batch; each row then has a decay of its own."""
+    k, decay, top = (
+        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip((k, decay, top), dims, strict=True)
+    )
+    x = _decayed_maximum(k.flatten(0, 1), decay.expand_as(top).flatten(0, 1), top.flatten(0, 1))
+    return x.unflatten(0, k.shape[:2]), 0
+
+
 def _fill(k: Tensor, x: Tensor, decay: Tensor, top: Tensor) -> Tensor:
     rows = k.shape[1] // _CHUNK
     cut = rows * _CHUNK if rows > 1 else 0
@@ -159,12 +170,12 @@ def _fill(k: Tensor, x: Tensor, decay: Tensor, top: Tensor) -> Tensor:
         k_j, x_j = (t.unfold(1, _CHUNK, _CHUNK).unbind(-1) for t in (k, x))  # each of the _CHUNK entries: b r d
         end = k_j[0]
         for j in range(1, _CHUNK):
-            end = torch.maximum(end - decay, k_j[j])
+            end = torch.maximum(end - decay[:, None], k_j[j])
         ends = torch.empty_like(end)
         _fill(end, ends, decay * _CHUNK, top)
         start = torch.cat([top[:, None], ends[:, :-1]], 1)
         for j in range(_CHUNK):
-            start = torch.maximum(start - decay, k_j[j], out=x_j[j])
+            start = torch.maximum(start - decay[:, None], k_j[j], out=x_j[j])
         top = ends[:, -1]
     for k_t, x_t in zip(k[:, cut:].unbind(1), x[:, cut:].unbind(1), strict=True):
         top = torch.maximum(top - decay, k_t, out=x_t)

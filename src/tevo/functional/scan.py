@@ -71,7 +71,15 @@ def matrix_scan(a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         x (b, n, p, v), and x_n (b, p, v).
+
+    Raises:
+        ValueError: if the shapes do not fit.
     """
+    if b.dim() != 4 or a.shape != (*b.shape[:3], b.shape[2]) or state.shape != (b.shape[0], *b.shape[2:]):
+        raise ValueError(
+            f"matrix_scan got a {tuple(a.shape)}, b {tuple(b.shape)}, state {tuple(state.shape)}, expected (b, n, p, p), "
+            "(b, n, p, v), (b, p, v)"
+        )
     return _run(_MatrixScan, a, b, state)
 
 
