@@ -47,6 +47,6 @@ def _case(mode: Mode, rows: int, d: int) -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     f"norms/{name}/{rows}x{d}": partial(_case, mode, rows, d)
-    for rows, d in ((8192, 512), (512, 256))
+    for rows, d in ((8192, 512), (2048, 256), (64, 256))
     for name, mode in (("forward", inference), ("training", training))
 }

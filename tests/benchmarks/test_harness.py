@@ -110,7 +110,7 @@ def test_every_case_file_exports_cases_under_its_own_name():
 
 
 def test_a_run_stores_ratios_machine_and_the_command_that_reproduces_it(tmp_path):
-    name = "norms/forward/512x256"
+    name = "norms/forward/64x256"
     command = [sys.executable, "-m", "benchmarks.run", "--case", name, "--allocator", "tuned", "--seconds", "0.2"]
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     stored = json.loads((tmp_path / f"{name}.json").read_text())
