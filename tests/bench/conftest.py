@@ -46,7 +46,7 @@ def small_plan(mine) -> compare.Plan:
     every = {"eval_every": 4, "save_every": 2, "log_every": 1}
     return compare.Plan(
         request=request,
-        models={"recall": {p: fitted(p, sizes=sizes, position="rope") for p in request.everyone()}},
+        models={"recall": fitted(request.everyone(), sizes=sizes, position="rope")},
         tasks={"recall": task},
         training={"recall": {"steps": 4, "batch": 4, "lr": 1e-2, "warmup": 0.25, **every}},
         seeds=(3, 1),

@@ -25,35 +25,49 @@ COMPARABLE = [
 ]
 
 
+def one(part: str, sizes=SIZES, position="rope"):
+    return fitted([part], sizes=sizes, position=position)[part]
+
+
 @pytest.mark.parametrize("part", COMPARABLE)
 def test_every_part_gets_the_baselines_parameters_within_two_percent(part):
     # the widest model of compare: parts with large parameters of their own (hyena's filters, aft's biases) need room
     sizes = {"vocab": 256, "length": 256, "dim": compare.WIDTHS[0], "depth": 2, "heads": 4}
-    goal = parameters(fitted("softmax", sizes=sizes, position="rope").build())
-    assert parameters(fitted(part, sizes=sizes, position="rope").build()) == pytest.approx(goal, rel=0.02)
-    model = fitted(part, sizes=SIZES, position="rope")
+    goal = parameters(one("softmax", sizes).build())
+    assert parameters(one(part, sizes).build()) == pytest.approx(goal, rel=0.02)
+    model = one(part)
     logits = model.build()(torch.zeros(2, SIZES["length"], dtype=torch.long))
     assert logits.shape == (2, SIZES["length"], SIZES["vocab"])
 
 
+def test_all_models_grow_where_one_has_many_parameters_of_its_own():
+    sizes = {"vocab": 256, "length": 256, "dim": 64, "depth": 2, "heads": 4}
+    alone = parameters(one("softmax", sizes).build())
+    # aft's position biases alone have 2 x 128 x 256 parameters in each of the two blocks
+    models = fitted(["softmax", "lru", "aft"], sizes=sizes, position="rope")
+    counts = {part: parameters(model.build()) for part, model in models.items()}
+    assert models["aft"].hidden_dim == 16 and alone < counts["softmax"] < 2 * alone
+    assert all(count == pytest.approx(counts["softmax"], rel=0.02) for count in counts.values())
+
+
 def test_only_parts_with_a_use_for_positions_get_one():
     def position(part: str) -> str | None:
-        return fitted(part, sizes=SIZES, position="rope").position
+        return one(part).position
 
     assert position("softmax") == "rope" and position("multi_query_attention") == "rope"
     assert position("lru") is None and position("rwkv") is None
     assert position("alibi") == "alibi"
     assert position("swiglu") == "rope"
-    assert fitted("softmax", sizes=SIZES, position=None).position is None
+    assert one("softmax", position=None).position is None
 
 
 def test_a_width_of_the_users_own_is_left_alone():
-    assert fitted("rwkv(hidden_dim=5)", sizes=SIZES, position="rope").hidden_dim is None
+    assert one("rwkv(hidden_dim=5)").hidden_dim is None
 
 
 def test_a_part_without_a_causal_form_is_refused_with_alternatives():
     with pytest.raises(ValueError, match=r"fnet has no causal form; mixers that do: .*softmax"):
-        fitted("fnet", sizes=SIZES, position="rope")
+        one("fnet")
 
 
 def test_a_changed_part_is_another_cell(tmp_path):
@@ -91,7 +105,7 @@ def test_the_baseline_is_always_there_and_first():
 
 def fit(budget: float, **options) -> compare.Plan:
     request = compare.Request(parts=("softmax", "lru"), budget=budget, **options)
-    models = {"text": {p: fitted(p, sizes={**SIZES, "length": 256}, position="rope") for p in request.everyone()}}
+    models = {"text": fitted(request.everyone(), sizes={**SIZES, "length": 256}, position="rope")}
     steps = {"text": dict.fromkeys(request.everyone(), (0.02, 1.0))}
     return compare._fit(request, models, steps, 2, 1, spent=3.0)
 

@@ -71,6 +71,12 @@ def test_complex_products_cost_four_times_as_much():
     assert flops(Apply(torch.mm), a.to(torch.complex64), b.to(torch.complex64)) == 4 * flops(Apply(torch.mm), a, b)
 
 
+def test_a_triangular_solve_costs_half_a_product():
+    a, b = drawn(3, 5, 5), drawn(3, 5, 7)
+    solve = Apply(lambda a, b: torch.linalg.solve_triangular(a, b, upper=True))
+    assert flops(solve, a, b) == flops(Apply(torch.bmm), a, b) / 2
+
+
 def test_costly_operators_without_a_formula_are_named():
     counted = flops(Apply(lambda x: torch.sort(x)[0] @ torch.linalg.inv(x)), drawn(5, 5))
     assert counted == 2 * 5**3

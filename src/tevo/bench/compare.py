@@ -175,6 +175,8 @@ class Plan:
                 f"{task}: {len(models)} models of width {any_model.dim}, depth {any_model.depth}; each sees {tokens:,} "
                 f"tokens in {training['steps']} steps of {training['batch']} x {any_length(models)}"
             )
+            if models[BASELINE].hidden_dim is not None:
+                lines.append(f"{task}: all models are made larger, so that each part's own parameters find room")
         lines.append(
             f"seeds: {self.seeds[0]} of {BASELINE}, {self.seeds[1]} of each other part; "
             f"{len(self.cells)} trainings by {self.workers} workers of {self.threads} thread"
@@ -184,6 +186,11 @@ class Plan:
         lines.append(f"then time and memory at {', '.join(f'{n:,}' for n in self.lengths)} tokens")
         lines.append(f"about {duration(self.total)} in all, budget {duration(self.request.budget)}")
         lines += [f"trimmed: {text}" for text in self.trimmed]
+        if self.total > self.request.budget:
+            lines.append(
+                "that is more than the budget, but the least from which a verdict follows; name fewer parts or tasks, or "
+                "stop with Ctrl-C: finished cells are kept"
+            )
         return lines
 
 
@@ -244,11 +251,6 @@ def make_plan(request: Request, folder: Path, *, say: Say = lambda text: None) -
     trimmed = list(best.trimmed)
     if request.dim is None and dim != WIDTHS[0]:
         trimmed.append(f"width {WIDTHS[0]} -> {dim}")
-    if best.total > request.budget:
-        trimmed.append(
-            "nothing more can be taken away without losing the verdicts, and the whole is still longer than the budget; "
-            "name fewer parts or tasks, or stop with Ctrl-C: finished cells are kept"
-        )
     best = replace(best, trimmed=tuple(trimmed))
     folder.mkdir(parents=True, exist_ok=True)
     write_file(stored, json.dumps({**best.facts(), "dim": dim}, indent=1) + "\n")
@@ -261,7 +263,7 @@ def _options(request: Request, name: str) -> dict[str, Any]:
         data = {"data": str(Path(request.data).expanduser().absolute())} if request.data else {}
         return {"name": name, "length": 256, "examples": 256, **data}
     if name == "recall":
-        return {"name": name, "length": 32, "vocab": 32, "pairs": 4, "examples": 512}
+        return {"name": name, "length": 32, "vocab": 16, "pairs": 4, "examples": 512}
     return {"name": name, "examples": 512}
 
 
@@ -272,7 +274,7 @@ def _training(name: str, length: int, scale: int) -> dict[str, Any]:
         steps = scale * math.ceil(MEGABYTE / (batch * length))
         chosen = {"batch": batch, "lr": 3e-3, "warmup": 0.1}
     else:
-        steps = 400 * scale
+        steps = 300 * scale
         chosen = {"batch": 64, "lr": 4e-3, "warmup": 0.05}
     # one evaluation at the end; a few checkpoints, from which a killed cell goes on
     every = {"eval_every": steps, "save_every": max(1, steps // 4), "log_every": max(1, steps // 120)}
@@ -290,10 +292,7 @@ def _models(request: Request, dim: int) -> dict[str, dict[str, Model]]:
             "depth": request.depth,
             "heads": request.heads,
         }
-        models[name] = {
-            part: fitted(part, sizes=sizes, position=request.position, channel=request.channel)
-            for part in request.everyone()
-        }
+        models[name] = fitted(request.everyone(), sizes=sizes, position=request.position, channel=request.channel)
     return models
 
 

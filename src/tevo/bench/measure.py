@@ -196,7 +196,7 @@ _NAMES = """
     _safe_softmax _softmax _softmax_backward_data _to_copy _unsafe_view all any arange as_strided_scatter
     avg_pool1d avg_pool2d avg_pool2d_backward bernoulli bincount bucketize cat col2im constant_pad_nd copy
     count_nonzero cummax cummin cumprod cumsum diag_embed diagonal_backward diagonal_copy diagonal_scatter
-    embedding embedding_dense_backward empty empty_like empty_permuted empty_strided eye fill flip full
+    embedding embedding_dense_backward empty empty_like empty_permuted empty_strided eye fill flip floor_divide full
     full_like gather glu glu_backward im2col index index_add index_copy index_fill index_put index_select
     lift_fresh_copy linspace logcumsumexp masked_fill masked_scatter masked_select max_pool1d native_dropout
     native_dropout_backward native_group_norm native_group_norm_backward native_layer_norm
@@ -273,6 +273,11 @@ def _matrix_scan(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: An
     return 2 * math.prod(b) * int(a[-1])
 
 
+def _solve_triangular(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # half of the matrix takes part, each entry in a multiply-add for every column
+    return math.prod(b) * int(a[-1])
+
+
 # operators of the house; a name is looked up when counting, since loading an operator is its own module's work
 _HOUSE: dict[str, _Formula] = {
     "scan": _scan,
@@ -288,4 +293,5 @@ def _formulas() -> dict[Any, _Formula]:
     aten = torch.ops.aten
     known = {packet: _with_complex(packet) for packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)}
     known |= {aten._fft_c2c: _fft, aten._fft_r2c: _fft, aten._fft_c2r: _fft_to_real}
+    known[aten.linalg_solve_triangular] = _solve_triangular
     return known | {getattr(torch.ops.tevo, name): f for name, f in _HOUSE.items() if hasattr(torch.ops.tevo, name)}

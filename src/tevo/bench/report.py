@@ -71,7 +71,7 @@ def render(results: Results) -> str:
     }
     styles = _styles(results)
     drawings = {
-        "quality": (_draw_quality, 1.3 + 0.34 * len(results["parts"])),
+        "quality": (_draw_quality, 1.6 + 0.34 * len(results["parts"])),
         "loss": (_draw_loss, 3.6),
         "trade": (_draw_trade, 3.6),
     }
@@ -272,14 +272,24 @@ def _draw_quality(figure: Figure, results: Results, task: str, styles: Mapping[s
     if base is not None and base["interval"]:
         axes.axvspan(base["mean"] - base["interval"], base["mean"] + base["interval"], color="#000000", alpha=0.08)
     shown = [row["mean"] for _, row in rows]
-    lines = {**facts["baselines"], "chance": facts["chance"]}
-    spread = max(shown, default=1) - min(shown, default=0)
-    for label, value in lines.items():
-        # a line far off would squeeze everything else: it is named in the table in any case
-        if shown and min(abs(value - v) for v in shown) > max(8 * spread, 1.0):
+    reach = 1.5 * (max(shown) - min(shown)) if len(shown) > 1 else 1.0
+    for label, value in {**facts["baselines"], "chance": facts["chance"]}.items():
+        # a line far off would squeeze everything else; the table has it in any case
+        if shown and not min(shown) - reach <= value <= max(shown) + reach:
             continue
         axes.axvline(value, color="#777777", linestyle=":", linewidth=1.2)
-        axes.text(value, len(rows) - 0.45, f" {label} {value:.2f}", color="#555555", fontsize=8, va="top")
+        axes.text(
+            value,
+            1.01,
+            f"{label} {value:.2f}",
+            color="#555555",
+            fontsize=8,
+            rotation=20,
+            transform=axes.get_xaxis_transform(),
+        )
+    if facts["metric"] == "accuracy":
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -0.02), min(high, 1.02))
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     better = "higher" if facts["higher_is_better"] else "lower"
@@ -346,6 +356,9 @@ def _draw_trade(figure: Figure, results: Results, task: str, styles: Mapping[str
     axes.set_xlabel(f"training time of one block, µs per token at {at:,} tokens (left is cheaper)")
     better = "up" if facts["higher_is_better"] else "down"
     axes.set_ylabel(f"{facts['metric'].replace('_', ' ')} ({better} is better)")
+    if facts["metric"] == "accuracy":
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
     _legend(figure)
 
 

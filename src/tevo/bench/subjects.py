@@ -1,14 +1,15 @@
 """What is compared: a part in its seat of one small language model, the rest of the model equal.
 
 Equal parameters: the hidden width of the channel mixers (of the block itself, for a whole-block system) is chosen so
-that the model has as many parameters as the baseline's. The number of parameters is affine in that width, so that two
-trial models give it.
+that all models have as many parameters as the baseline with its default width. Where a part's own parameters would leave
+its channel mixers less than a quarter of the width d, all models are made larger, up to twice, so that it has that
+much. The number of parameters is affine in the hidden width, so that two trial models give it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ __all__ = ["BASELINE", "TOLERANCE", "Model", "fitted", "source_of"]
 BASELINE = "softmax"
 # largest relative difference in parameters that counts as equal
 TOLERANCE = 0.02
+# how much larger than the baseline's default all models may be made for one part's sake
+_LARGEST = 2.0
 
 # role -> the argument of the model that takes a part of it
 _SEATS = {
@@ -106,36 +109,44 @@ def _with_option(spec: str, name: str, value: object) -> str:
     return f"{base}({', '.join(f'{k}={v!r}' for k, v in {**options, name: value}.items())})"
 
 
-def fitted(part: str, *, sizes: Mapping[str, Any], position: str | None, channel: str | None = None) -> Model:
-    """The model of ``part`` with as many parameters as the baseline's.
+def fitted(
+    parts: Sequence[str], *, sizes: Mapping[str, Any], position: str | None, channel: str | None = None
+) -> dict[str, Model]:
+    """Models with equal parameters, by part.
 
     Args:
-        part: name, ``name(option=value)`` or ``file.py:Class``.
+        parts: each a name, ``name(option=value)`` or ``file.py:Class``.
         sizes: vocab, length, dim, depth and heads of :class:`Model`.
         position: what parts that have a use for positions get; None for nothing.
         channel: channel mixer of all models; None is the host's.
 
     Raises:
-        ValueError: the part is unknown, has no seat in a language model, or no causal form.
+        ValueError: a part is unknown, has no seat in a language model, or no causal form.
     """
-    baseline = _seated(BASELINE, sizes=sizes, position=position, channel=channel)
-    model = _seated(part, sizes=sizes, position=position, channel=channel)
-    if model == replace(baseline, part=part) or not model.adjustable():
+    models = {part: _seated(part, sizes=sizes, position=position, channel=channel) for part in parts}
+    least = max(1, sizes["dim"] // 4)
+    default = parameters(_seated(BASELINE, sizes=sizes, position=position, channel=channel).build())
+    needed = [_count(model, least) for model in models.values() if model.adjustable()]
+    goal = max([default, *(count for count in needed if count <= _LARGEST * default)])
+    return {part: _widened(model, goal) for part, model in models.items()}
+
+
+def _widened(model: Model, goal: int) -> Model:
+    """The model with the hidden width that brings its parameters nearest to the goal."""
+    if parameters(model.build()) == goal or not model.adjustable():
         return model
-    goal = parameters(baseline.build())
-
-    def count(hidden_dim: int) -> int:
-        return parameters(replace(model, hidden_dim=hidden_dim).build())
-
-    dim = sizes["dim"]
-    low, high = count(dim), count(2 * dim)
+    low, high = _count(model, model.dim), _count(model, 2 * model.dim)
     if high == low:
         return model
-    width = dim + dim * (goal - low) / (high - low)
+    width = model.dim + model.dim * (goal - low) / (high - low)
     # some parts round their width; the neighbours of the solution are looked at too
     near = {max(1, round(width) + step) for step in (-2, -1, 0, 1, 2)}
-    best = min(sorted(near), key=lambda hidden_dim: abs(count(hidden_dim) - goal))
+    best = min(sorted(near), key=lambda hidden_dim: abs(_count(model, hidden_dim) - goal))
     return replace(model, hidden_dim=best)
+
+
+def _count(model: Model, hidden_dim: int) -> int:
+    return parameters(replace(model, hidden_dim=hidden_dim).build())
 
 
 def _seated(part: str, *, sizes: Mapping[str, Any], position: str | None, channel: str | None) -> Model:

@@ -24,7 +24,7 @@ from tevo.training.recipe import LanguageModelRecipe
 __all__ = ["METRICS", "cell_recipe", "make_task", "recipe_of", "train_cell"]
 
 # points of a loss curve that a result keeps
-_POINTS = 60
+_POINTS = 30
 # where the loop writes, inside the cell's folder
 RUN = "run"
 METRICS = f"{RUN}/metrics.jsonl"

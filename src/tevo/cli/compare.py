@@ -164,22 +164,15 @@ def _print_table(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    # a file or a pipe has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 110)
     for name, task in results["tasks"].items():
         direction = "higher" if task["higher_is_better"] else "lower"
         metric = task["metric"].replace("_", " ")
         table = Table(
             title=f"{name}: {metric}, {direction} is better, after {task['tokens']:,} tokens", title_justify="left"
         )
-        for column in (
-            "part",
-            metric,
-            "seeds",
-            "against softmax",
-            "verdict",
-            "parameters",
-            "faster from",
-            "less memory from",
-        ):
+        for column in ("part", metric, "seeds", "minus softmax", "verdict", "faster from", "less memory from"):
             table.add_column(column, justify="left" if column in ("part", "verdict") else "right")
         for part in results["parts"]:
             row = part["tasks"][name]
@@ -190,14 +183,23 @@ def _print_table(results: dict[str, Any]) -> None:
                 "failed" if row["mean"] is None else f"{row['mean']:.3f}{width}",
                 str(sum("score" in seed for seed in row["seeds"])),
                 "" if row["verdict"] is None else f"{row['difference']:+.3f}",
-                row["verdict"] or "baseline",
-                f"{row['parameters']:,}",
+                _verdict(part, row, results),
                 _length(crossing.get("train_s")),
                 _length(crossing.get("train_bytes")),
             )
         for label, value in {**task["baselines"], "chance": task["chance"]}.items():
-            table.add_row(label, f"{value:.3f}", *[""] * 6, style="dim")
-        Console().print(table)
+            table.add_row(label, f"{value:.3f}", *[""] * 5, style="dim")
+        console.print(table)
+
+
+def _verdict(part: dict[str, Any], row: dict[str, Any], results: dict[str, Any]) -> str:
+    """One or two words; the title says the rest."""
+    unequal = ", unequal" if abs(row["ratio"] - 1) > results["tolerance"] else ""
+    if row["mean"] is None:
+        return "failed"
+    return (
+        "baseline" if part["name"] == results["baseline"] else (row["verdict"] or "").partition(" at ")[0]
+    ) + unequal
 
 
 def _length(crossing: dict[str, Any] | None) -> str:
