@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tevo.mixers.linear import aft
 from tevo.mixers.linear.aft import AFTFull, AFTLocal, AFTSimple, earlier_keys
 from tevo.models.causal_lm import CausalLM
 from tevo.testing.subject import disturb
@@ -24,7 +25,11 @@ def average(w: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 15, 16, 17, 33, 65, 100])
-def test_halving_equals_the_dense_softmax_at_every_length(n: int) -> None:
+@pytest.mark.parametrize("spread", [0.0, 80.0])
+def test_halving_and_one_product_equal_the_dense_softmax(
+    n: int, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aft, "_SPREAD", spread)
     w, k, v = (3 * tokens(1, n, n)).requires_grad_(), tokens(2, n, 3).requires_grad_(), tokens(2, n, 3).requires_grad_()
     numerator, denominator, _ = earlier_keys(w, k, v)
     ours, theirs = numerator / denominator, average(w, k, v)

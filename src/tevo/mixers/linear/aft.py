@@ -7,7 +7,8 @@ contribute; simple: w = 0. With E = e^{w - max w} and K = e^{k - max k} both sum
 
 The causal form of (2) may not take the maximum over later keys. It halves the sequence again and again: the queries of
 each right half see all keys of the left half, in one product with the left half's own maximum; blocks of at most 8
-tokens are left, which are summed directly. Letters: T queries, S keys of a product.
+tokens are left, which are summed directly. Where all exponents lie close together, one product does. Letters: T queries,
+S keys of a product.
 
 Cost O(n^2 d) FLOPs but O(n d) memory beside w (full, local), O(n d) (simple). State: keys and values of all past tokens
 (full, local), 3 d numbers (simple).
@@ -61,13 +62,17 @@ CARD = Card(
         "AFT-conv, the form for images, is not built.",
     ),
     notes=(
-        "FLOPs are those of the bidirectional form; the causal one needs about half of the last term. The simple form is the "
+        "FLOPs are those of the bidirectional form; the causal one needs between half and all of the last term. In float32 a "
+        "bias more than 80 below the largest of its row counts as minus infinity. The simple form is the "
         "class AFTSimple of this file: no length, FLOPs 8 * n * d * (hidden_dim or d), state 3 * (hidden_dim or d)."
     ),
 )
 
 # blocks that are summed directly have half to all of this many tokens
 _DIRECT = 8
+
+# float32 reaches down to e^-87
+_SPREAD = 80.0
 
 # numerator, denominator, and the exponent that is taken out of both; each broadcastable to (b, T, d)
 Sums = tuple[Tensor, Tensor, Tensor]
@@ -103,6 +108,8 @@ def all_keys(w: Tensor, k: Tensor, v: Tensor) -> Sums:
 def earlier_keys(w: Tensor, k: Tensor, v: Tensor) -> Sums:
     """Query t sees the keys s <= t: w (#b, n, n), k and v (b, n, d)."""
     n = k.shape[1]
+    if _narrow(w, k):
+        return all_keys(w.masked_fill(_later(n, k.device), -torch.inf), k, v)
     levels = max(0, (2 * n // _DIRECT).bit_length() - 1)
     size = -(-n // 2**levels)
     if pad := size * 2**levels - n:
@@ -125,7 +132,7 @@ def _within_blocks(w: Tensor, k: Tensor, v: Tensor, size: int) -> Sums:
     parts = (-1, size)
     w = w.unflatten(2, parts).unflatten(1, parts).diagonal(0, 1, 3).movedim(-1, 1)  # #b blocks T S
     k, v = k.unflatten(1, parts), v.unflatten(1, parts)  # b blocks S d
-    later = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)[..., None]
+    later = _later(size, k.device)[..., None]
     s = (w[..., None] + k[:, :, None]).masked_fill(later, -torch.inf)  # b blocks T S d
     top = _finite(s.detach().amax(3))
     weights = (s - top[..., None, :]).exp()
@@ -144,6 +151,24 @@ def _right_from_left(sums: Sums, w: Tensor, k: Tensor, v: Tensor, size: int) -> 
     right = merged((halves[0][1], halves[1][1], halves[2][1]), left)
     first, second, third = (torch.stack([half[0], x], 2).flatten(1, 3) for half, x in zip(halves, right, strict=True))
     return first, second, third
+
+
+def _later(n: int, device: torch.device) -> Tensor:
+    """(n, n): which keys come after the query."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
+
+
+def _narrow(w: Tensor, k: Tensor) -> bool:
+    """Whether no exponent of (2) can get lost under the largest, so that one maximum, even a later one, serves all.
+
+    Not asked of a compiler, nor where the answer would have to be waited for.
+    """
+    if torch.compiler.is_compiling() or k.device.type != "cpu" or k.numel() == 0:
+        return False
+    with torch.no_grad():
+        # padding is minus infinity; a NaN compares as false
+        lowest = k.masked_fill(k == -torch.inf, torch.inf).amin(1)
+        return bool((k.amax(1) - lowest).max() + w.amax() - w.amin() < _SPREAD)
 
 
 def _finite(top: Tensor) -> Tensor:
