@@ -202,11 +202,12 @@ def _name(value: object) -> str:
     return value if isinstance(value, str) else type(value).__name__
 
 
-def alternatives(role: str | None, word: str) -> str:
-    """``; choose among ...`` with the present parts of a role that make a claim, or nothing."""
+def alternatives(role: str | None, word: str, *, without: str = "") -> str:
+    """``; choose among ...`` with the present parts of a role that make one claim and not another, or nothing."""
     from tevo.card import CLAIMS
 
     if role is None or word not in CLAIMS:
         return ""
-    found = [row.id for row in list_systems(role=role, where=[word], baselines=True)]
+    rows = list_systems(role=role, where=[word], baselines=True)
+    found = [row.id for row in rows if without not in row.claims()]
     return f"; {role}s that do: {', '.join(found)}" if found else ""

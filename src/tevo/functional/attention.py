@@ -80,4 +80,4 @@ def softmax_weights(s: Tensor, allowed: Tensor | None = None) -> Tensor:
 
 def weighted(weights: Tensor, v: Tensor) -> Tensor:
     """``weights`` (b, h, n, m) times ``v`` (b, g, m, v) gives (b, h, n, v)."""
-    return weights @ spread(v, weights.shape[1])
+    return weights.to(v.dtype) @ spread(v, weights.shape[1])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tevo.functional.precision import island
 from tevo.functional.scan import matrix_scan, scan
 
 __all__ = [
@@ -72,10 +73,18 @@ def causal_linear_attention(
     q, k, v, g, beta, state = _prepare("causal_linear_attention", q, k, v, g, beta, state)
     if chunk < 1:
         raise ValueError(f"causal_linear_attention got chunk={chunk}, expected >= 1")
+    # the inputs were widened, and autocast would narrow the products again
+    with island(q):
+        y, state = _in_chunks(q, k, v, g, beta, state, chunk)
+    return y.to(dtype), state
+
+
+def _in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
     n = q.shape[2]
     if n <= 1:
-        y, state = _recurrent(q, k, v, g, beta, state)
-        return y.to(dtype), state
+        return _recurrent(q, k, v, g, beta, state)
     c = min(chunk, n)
     # split rather than slices: the gradient of a slice has the size of the whole
     sizes = [n - n % c, n % c] if n % c else [n]
@@ -86,7 +95,7 @@ def causal_linear_attention(
     for i, size in enumerate(sizes):
         y, state = _chunked(q_i[i], k_i[i], v_i[i], g_i[i], beta_i[i], state, min(c, size))
         ys.append(y)
-    return (torch.cat(ys, 2) if len(ys) > 1 else ys[0]).to(dtype), state
+    return torch.cat(ys, 2) if len(ys) > 1 else ys[0], state
 
 
 def normalised_causal_linear_attention(
@@ -201,7 +210,7 @@ def _chunked(
         states = _before(states, state)
         u = x - w @ states
     y = scores @ u + q @ states
-    return y.reshape(b, h, n, -1), last.unflatten(0, (b, h))
+    return y.reshape(b, h, n, v.shape[-1]), last.unflatten(0, (b, h))
 
 
 def _difference(sums: Tensor) -> Tensor:

@@ -36,6 +36,15 @@ def refuse_mask(owner: str, mask: Tensor | None) -> None:
         )
 
 
+def refuse_context(owner: str, context: Tensor | None) -> None:
+    """For mixers without the cross claim."""
+    if context is not None:
+        raise ValueError(
+            f"{owner} mixes a sequence with itself only, got a context of shape {tuple(context.shape)}; choose a mixer with "
+            "the cross claim (see `tevo list --where cross`)"
+        )
+
+
 def positions_of(mask: Tensor | None, n: int, start: Tensor | int = 0, device: torch.device | None = None) -> Tensor:
     """Logical positions (#b, n): real tokens are counted from ``start``, padding repeats a neighbour's position."""
     if mask is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import torch.nn.functional as F
@@ -60,6 +61,12 @@ def build_mixer(spec: Spec | Part, facts: Facts, *, causal: bool, position: nn.M
         )
     if orders:
         demands["position"] = position
+    needs_grid = "grid" in part.parameters() and part.parameters()["grid"].default is inspect.Parameter.empty
+    if needs_grid and facts.get("grid") is None and "grid" not in part.options:
+        raise ValueError(
+            f"{part.name} mixes a grid of rows and columns, which a sequence is not"
+            f"{alternatives('mixer', 'causal' if causal else 'bidirectional', without='grid')}; or give grid=(rows, columns)"
+        )
     return create(part, facts={**facts, "causal": causal}, demands=demands)
 
 

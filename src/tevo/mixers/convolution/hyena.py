@@ -15,7 +15,6 @@ Source: 2302.10866, section 3.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from tevo.card import Card
 from tevo.contracts import State, TokenMixer
 from tevo.functional.fft_conv import fft_conv, short_conv
-from tevo.functional.masks import blank, check_mask
+from tevo.functional.masks import blank, check_mask, refuse_context
+from tevo.functional.precision import island
 
 CARD = Card(
     id="hyena",
@@ -162,8 +162,8 @@ class Hyena(TokenMixer):
         """The first n taps (n, (N-1) d), in float32 for half precision."""
         window = self.window(n)
         z = self.features[:n].to(window.dtype)
-        # a sine of large arguments needs its digits; meta tensors know no autocast
-        with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
+        # a sine of large arguments needs its digits
+        with island(z):
             for layer in self.mlp:
                 assert isinstance(layer, nn.Linear)
                 bias = None if layer.bias is None else layer.bias.to(z.dtype)
@@ -179,11 +179,7 @@ class Hyena(TokenMixer):
 
     def init_state(self, batch: int, *, context: Tensor | None = None, mask: Tensor | None = None) -> State:
         """Two inputs of the short filter (b, 2, (N+1) d), and the inputs of the long ones (b, 0, (N-1) d)."""
-        if context is not None:
-            raise ValueError(
-                f"Hyena mixes a sequence with itself only, got a context of shape {tuple(context.shape)}; choose a mixer "
-                "with the cross claim (see `tevo list --where cross`)"
-            )
+        refuse_context("Hyena", context)
         return self.skip.new_zeros(batch, 2, len(self.short)), self.skip.new_zeros(batch, 0, self.skip.numel())
 
     def step(

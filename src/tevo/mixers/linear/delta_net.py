@@ -12,15 +12,13 @@ Source: 2102.11174, sections 4.2, 4.3 and 5.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
 from tevo.card import Card
 from tevo.contracts import State, TokenMixer
 from tevo.functional.linear_attention import causal_linear_attention
-from tevo.functional.masks import blank, check_mask
+from tevo.functional.masks import blank, check_mask, refuse_context
 from tevo.mixers.linear.linear_attention import elu_features
 from tevo.mixers.softmax.multi_head import MultiHead
 
@@ -76,9 +74,7 @@ def normalise(f: Tensor) -> Tensor:
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Equation (1): q, k (b, h, n, p) features, v (b, h, n, e), beta (b, h, n), W_0^T (b, h, p, e) give y and W_n^T."""
-    # float32 products under autocast too, for a recurrence that may run long; meta tensors know no autocast
-    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
-        y, state = causal_linear_attention(q, k, v, beta=beta, state=state)
+    y, state = causal_linear_attention(q, k, v, beta=beta, state=state)
     return y * v.shape[-1] ** -0.5, state
 
 
@@ -118,7 +114,7 @@ class DeltaNet(TokenMixer):
         self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, at: Tensor | None = None
     ) -> Tensor:
         """``x`` (b, n, d), ``mask`` (b, n) give (b, n, d); order is that of the tokens, not ``at``."""
-        _refuse(context)
+        refuse_context("DeltaNet", context)
         return self._advance(x, mask, None)[0]
 
     def _advance(self, x: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -134,7 +130,7 @@ class DeltaNet(TokenMixer):
 
     def init_state(self, batch: int, *, context: Tensor | None = None, mask: Tensor | None = None) -> State:
         """W^T (b, h, p, e), zero."""
-        _refuse(context)
+        refuse_context("DeltaNet", context)
         like = self.heads.out.weight
         e = like.shape[1] // self.heads.heads
         p = e if self.nu is None else 2 * self.nu * e
@@ -147,11 +143,3 @@ class DeltaNet(TokenMixer):
         assert isinstance(state, tuple) and isinstance(state[0], Tensor)
         y, W = self._advance(x, mask, state[0])
         return y, (W,)
-
-
-def _refuse(context: Tensor | None) -> None:
-    if context is not None:
-        raise ValueError(
-            f"DeltaNet mixes a sequence with itself only, got a context of shape {tuple(context.shape)}; choose a mixer "
-            "with the cross claim (see `tevo list --where cross`)"
-        )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tevo.card import Card
 from tevo.contracts import State, TokenMixer
-from tevo.functional.masks import blank, check_mask
+from tevo.functional.masks import blank, check_mask, refuse_context
 from tevo.functional.scan import scan
 
 CARD = Card(
@@ -143,7 +143,7 @@ class LRU(TokenMixer):
         self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, at: Tensor | None = None
     ) -> Tensor:
         """``x`` (b, n, d), ``mask`` (b, n) give (b, n, d); order is that of the tokens, not ``at``."""
-        _refuse(context)
+        refuse_context("LRU", context)
         check_mask("LRU", mask, x.shape[0], x.shape[1])
         y, _ = self.unit(blank(x, mask), mask)
         return self._behind(y)
@@ -167,7 +167,7 @@ class LRU(TokenMixer):
 
     def init_state(self, batch: int, *, context: Tensor | None = None, mask: Tensor | None = None) -> State:
         """Zeros (b, N, 2): real and imaginary parts."""
-        _refuse(context)
+        refuse_context("LRU", context)
         if not self.causal:
             raise ValueError("LRU(causal=False) has no state to advance; build it with causal=True")
         wide = torch.promote_types(self.D.dtype, torch.float32)
@@ -181,11 +181,3 @@ class LRU(TokenMixer):
         check_mask("LRU", mask, x.shape[0], x.shape[1])
         y, last = self.unit(blank(x, mask), mask, torch.view_as_complex(state[0]))
         return self._behind(y), (torch.view_as_real(last),)
-
-
-def _refuse(context: Tensor | None) -> None:
-    if context is not None:
-        raise ValueError(
-            f"LRU mixes a sequence with itself only, got a context of shape {tuple(context.shape)}; choose a mixer with the "
-            "cross claim (see `tevo list --where cross`)"
-        )
