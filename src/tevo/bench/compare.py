@@ -7,6 +7,7 @@ tokens. The baseline is softmax attention; its seeds give the noise that a diffe
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -406,6 +407,7 @@ class Status:
     share: float = 0.0
     score: float | None = None
     error: str = ""
+    folder: str = ""
 
 
 def statuses(plan: Plan, grid: Grid) -> list[Status]:
@@ -418,7 +420,7 @@ def statuses(plan: Plan, grid: Grid) -> list[Status]:
             share = _share(cell, plan.training[task]["steps"])
             found.append(Status(task, part, seed, "running" if cell.held() else "waiting", share))
         elif "error" in result:
-            found.append(Status(task, part, seed, "failed", 1.0, None, result["error"]))
+            found.append(Status(task, part, seed, "failed", 1.0, None, result["error"], str(cell.folder)))
         else:
             found.append(Status(task, part, seed, "done", 1.0, result["score"]))
     return found
@@ -439,7 +441,10 @@ def run_cells(plan: Plan, folder: Path, *, show: Callable[[Sequence[Status]], No
     Raises:
         KeyboardInterrupt: Ctrl-C; workers have saved what they were at.
         OSError: workers died again and again.
+        ValueError: what training needs is not installed.
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError("training needs the package accelerate; pip install 'tevo[train]'")
     grid = Grid(folder)
     grid.order([grid.add(recipe).name for _, _, _, recipe in plan.cells])
     show(now := statuses(plan, grid))
@@ -458,7 +463,9 @@ def run_cells(plan: Plan, folder: Path, *, show: Callable[[Sequence[Status]], No
                 # killed from outside: its cell is free again
                 deaths += 1
                 if deaths > 2 * plan.workers:
-                    raise OSError(f"workers died {deaths} times, the last with code {worker.returncode}; see {folder}")
+                    raise OSError(
+                        f"workers died {deaths} times, the last with code {worker.returncode}; see {folder / 'workers.log'}"
+                    )
                 running.append(_worker(folder, plan.threads))
             show(statuses(plan, grid))
     finally:

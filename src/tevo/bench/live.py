@@ -14,7 +14,6 @@ from rich.table import Table
 
 from tevo.bench.compare import Plan, Status
 from tevo.bench.subjects import BASELINE
-from tevo.bench.tasks import Task
 from tevo.bench.training import make_task
 from tevo.training.progress import duration
 
@@ -73,9 +72,8 @@ class Screen:
         spent = duration(time.perf_counter() - self._began)
         table = Table(title=f"{done:.1f} of {len(now)} trainings after {spent}; Ctrl-C keeps what is finished")
         table.add_column("part")
-        tasks = list(self.plan.models)
-        for task in tasks:
-            made = _task(self.plan, task)
+        tasks = {name: make_task(json.dumps(options, sort_keys=True)) for name, options in self.plan.tasks.items()}
+        for task, made in tasks.items():
             arrow = "higher" if made.higher_is_better else "lower"
             table.add_column(f"{task}: {made.metric.replace('_', ' ')} ({arrow} is better)", justify="right")
         for part in self.plan.request.everyone():
@@ -90,11 +88,8 @@ class Screen:
                 note += " failed" * any(s.word == "failed" for s in own)
                 cells.append(mean + note)
             table.add_row(part, *cells, style="bold" if part == BASELINE else None)
-        for name in {n for task in tasks for n in _task(self.plan, task).baselines}:
-            values = [_task(self.plan, task).baselines.get(name) for task in tasks]
+        trivial = {task: {**made.baselines, "chance": made.chance} for task, made in tasks.items()}
+        for name in dict.fromkeys(name for row in trivial.values() for name in row):
+            values = [row.get(name) for row in trivial.values()]
             table.add_row(name, *("" if v is None else f"{v:.3f}" for v in values), style="dim")
         return table
-
-
-def _task(plan: Plan, name: str) -> Task:
-    return make_task(json.dumps(plan.tasks[name], sort_keys=True))

@@ -79,6 +79,7 @@ def _compare(
     from tempfile import TemporaryDirectory
 
     from tevo.bench import compare
+    from tevo.bench.cells import Grid
     from tevo.bench.live import Screen
 
     if dry_run:
@@ -113,9 +114,11 @@ def _compare(
     if report:
         _write_report(results, Path(report))
     _say(f"results: {stored}" + ("" if report else f"; a report: tevo compare --from {stored} --report report.html"))
-    failed = any(
-        "error" in row for part in results["parts"] for task in part["tasks"].values() for row in task["seeds"]
-    )
+    failed = [status for status in compare.statuses(plan, Grid(folder)) if status.word == "failed"]
+    for status in failed:
+        _say(
+            f"failed: {status.task}, {status.part}, seed {status.seed}: {status.error}; delete {status.folder} to try again"
+        )
     return 1 if failed else 0
 
 
