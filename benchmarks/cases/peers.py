@@ -57,12 +57,18 @@ def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
             ours.copy_(theirs)
 
 
-def torch_attention(d: int, causal: bool = False):  # noqa: ANN201 - see case()
+def torch_attention(d: int, causal: bool = False):
     """nn.MultiheadAttention on its fused path."""
     theirs = nn.MultiheadAttention(d, 8, bias=False, batch_first=True)
     ours = create("softmax", dim=d, heads=8, causal=causal)
     q, k, v = theirs.in_proj_weight.chunk(3)
-    _copy([(ours.heads.q.weight, q), (ours.heads.kv.weight, torch.cat([k, v])), (ours.heads.out.weight, theirs.out_proj.weight)])
+    _copy(
+        [
+            (ours.heads.q.weight, q),
+            (ours.heads.kv.weight, torch.cat([k, v])),
+            (ours.heads.out.weight, theirs.out_proj.weight),
+        ]
+    )
 
     def call(x: Tensor) -> Tensor:
         if not causal:
@@ -73,7 +79,7 @@ def torch_attention(d: int, causal: bool = False):  # noqa: ANN201 - see case()
     return ours, ours, theirs, call
 
 
-def x_attention(d: int, topk: int | None = None):  # noqa: ANN201 - see case()
+def x_attention(d: int, topk: int | None = None):
     """x-transformers' Attention; with ``topk`` its sparse form."""
     from x_transformers.x_transformers import Attention
 
@@ -83,7 +89,13 @@ def x_attention(d: int, topk: int | None = None):  # noqa: ANN201 - see case()
     else:
         ours = create("softmax", dim=d, heads=8, causal=True, normaliser=create("explicit_sparse_attention", topk=topk))
     kv = torch.cat([theirs.to_k.weight, theirs.to_v.weight])
-    _copy([(ours.heads.q.weight, theirs.to_q.weight), (ours.heads.kv.weight, kv), (ours.heads.out.weight, theirs.to_out.weight)])
+    _copy(
+        [
+            (ours.heads.q.weight, theirs.to_q.weight),
+            (ours.heads.kv.weight, kv),
+            (ours.heads.out.weight, theirs.to_out.weight),
+        ]
+    )
 
     def call(x: Tensor) -> Tensor:
         out = theirs(x)
@@ -92,8 +104,8 @@ def x_attention(d: int, topk: int | None = None):  # noqa: ANN201 - see case()
     return ours, ours, theirs, call
 
 
-def llama_attention(d: int, groups: int = 8):  # noqa: ANN201 - see case()
-    """transformers' LlamaAttention (SDPA), rotary; with fewer groups multi-query attention."""
+def llama_attention(d: int, groups: int = 8):
+    """Transformers' LlamaAttention (SDPA), rotary; with fewer groups multi-query attention."""
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaRotaryEmbedding
 
     config = LlamaConfig(
@@ -103,7 +115,13 @@ def llama_attention(d: int, groups: int = 8):  # noqa: ANN201 - see case()
     heads = 8 if groups == 8 else create("multi_query_attention", dim=d, heads=8, groups=groups)
     ours = create("softmax", dim=d, heads=heads, causal=True, position=create("rope"))
     kv = torch.cat([theirs.k_proj.weight, theirs.v_proj.weight])
-    _copy([(ours.heads.q.weight, theirs.q_proj.weight), (ours.heads.kv.weight, kv), (ours.heads.out.weight, theirs.o_proj.weight)])
+    _copy(
+        [
+            (ours.heads.q.weight, theirs.q_proj.weight),
+            (ours.heads.kv.weight, kv),
+            (ours.heads.out.weight, theirs.o_proj.weight),
+        ]
+    )
 
     def call(x: Tensor) -> Tensor:
         places = rotary(x, torch.arange(x.shape[1])[None])
@@ -112,18 +130,23 @@ def llama_attention(d: int, groups: int = 8):  # noqa: ANN201 - see case()
     return ours, ours, theirs, call
 
 
-def llama_mlp(d: int):  # noqa: ANN201 - see case()
-    """transformers' LlamaMLP."""
+def llama_mlp(d: int):
+    """Transformers' LlamaMLP."""
     from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 
     theirs = LlamaMLP(LlamaConfig(hidden_size=d, intermediate_size=2 * d))
     ours = create("swiglu", dim=d, hidden_dim=2 * d, match_parameters=False)
-    _copy([(ours.into.weight, torch.cat([theirs.gate_proj.weight, theirs.up_proj.weight])), (ours.out.weight, theirs.down_proj.weight)])
+    _copy(
+        [
+            (ours.into.weight, torch.cat([theirs.gate_proj.weight, theirs.up_proj.weight])),
+            (ours.out.weight, theirs.down_proj.weight),
+        ]
+    )
     return ours, ours, theirs, theirs
 
 
-def llama_norm(d: int):  # noqa: ANN201 - see case()
-    """transformers' LlamaRMSNorm."""
+def llama_norm(d: int):
+    """Transformers' LlamaRMSNorm."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     theirs = LlamaRMSNorm(d, eps=1e-6)
@@ -131,8 +154,8 @@ def llama_norm(d: int):  # noqa: ANN201 - see case()
     return ours, ours, theirs, theirs
 
 
-def fnet(d: int):  # noqa: ANN201 - see case()
-    """transformers' FNetBasicFourierTransform."""
+def fnet(d: int):
+    """Transformers' FNetBasicFourierTransform."""
     from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform, FNetConfig
 
     theirs = FNetBasicFourierTransform(FNetConfig(hidden_size=d, use_tpu_fourier_optimizations=False))
@@ -140,8 +163,8 @@ def fnet(d: int):  # noqa: ANN201 - see case()
     return ours, ours, theirs, lambda x: theirs(x)[0]
 
 
-def rwkv(d: int):  # noqa: ANN201 - see case()
-    """transformers' RwkvSelfAttention (its CPU path) against the time mixing of ours."""
+def rwkv(d: int):
+    """Transformers' RwkvSelfAttention (its CPU path) against the time mixing of ours."""
     from transformers.models.rwkv.modeling_rwkv import RwkvConfig, RwkvSelfAttention
 
     from tevo.blocks.rwkv import TimeMix
@@ -159,17 +182,17 @@ def rwkv(d: int):  # noqa: ANN201 - see case()
             (ours.mix_k, theirs.time_mix_key.flatten()),
             (ours.mix_v, theirs.time_mix_value.flatten()),
             (ours.mix_r, theirs.time_mix_receptance.flatten()),
-            (ours.k.weight, theirs.key.weight),
-            (ours.v.weight, theirs.value.weight),
-            (ours.r.weight, theirs.receptance.weight),
-            (ours.out.weight, theirs.output.weight),
+            (ours.key.weight, theirs.key.weight),
+            (ours.value.weight, theirs.value.weight),
+            (ours.receptance.weight, theirs.receptance.weight),
+            (ours.output.weight, theirs.output.weight),
         ]
     )
     return ours, ours, theirs, lambda x: theirs(x)[0]
 
 
-def longt5(d: int, local: bool = False):  # noqa: ANN201 - see case()
-    """transformers' LongT5 attention, transient-global or local, with a mask of ones (without one it skips the radius)."""
+def longt5(d: int, local: bool = False):
+    """Transformers' LongT5 attention, transient-global or local, with a mask of ones (without one it skips the radius)."""
     from transformers.models.longt5 import modeling_longt5 as m
 
     config = m.LongT5Config(d_model=d, d_kv=d // 8, num_heads=8, dropout_rate=0.0)
@@ -180,10 +203,10 @@ def longt5(d: int, local: bool = False):  # noqa: ANN201 - see case()
         (ours.q.weight, theirs.q.weight),
         (ours.kv.weight, torch.cat([theirs.k.weight, theirs.v.weight])),
         (ours.out.weight, theirs.o.weight),
-        (ours.table, theirs.relative_attention_bias.weight.T),
+        (ours.bias, theirs.relative_attention_bias.weight.T),
     ]
     if not local:
-        pairs.append((ours.global_table, theirs.global_relative_attention_bias.weight.T))
+        pairs.append((ours.global_bias, theirs.global_relative_attention_bias.weight.T))
     _copy(pairs)
 
     def call(x: Tensor) -> Tensor:
@@ -196,12 +219,18 @@ def longt5(d: int, local: bool = False):  # noqa: ANN201 - see case()
     return ours, ours, theirs, call
 
 
-def perceiver_attention(d: int):  # noqa: ANN201 - see case()
-    """torch's attention across two sequences: 64 queries read the whole input."""
+def perceiver_attention(d: int):
+    """Torch's attention across two sequences: 64 queries read the whole input."""
     theirs = nn.MultiheadAttention(d, 8, bias=False, batch_first=True)
     ours = create("softmax", dim=d, heads=8)
     q, k, v = theirs.in_proj_weight.chunk(3)
-    _copy([(ours.heads.q.weight, q), (ours.heads.kv.weight, torch.cat([k, v])), (ours.heads.out.weight, theirs.out_proj.weight)])
+    _copy(
+        [
+            (ours.heads.q.weight, q),
+            (ours.heads.kv.weight, torch.cat([k, v])),
+            (ours.heads.out.weight, theirs.out_proj.weight),
+        ]
+    )
     return ours, lambda x: ours(x[:, :64], x), theirs, lambda x: theirs(x[:, :64], x, x, need_weights=False)[0]
 
 

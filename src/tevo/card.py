@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -73,6 +73,7 @@ class Card:
         departures: where it differs from paper or official code, with reason and effect.
         tolerances: check name -> (rung, reason) where a check needs a looser rung than its default.
         notes: anything a user should know before choosing it.
+        variants: part name -> fields that differ for this export of the file.
     """
 
     id: str
@@ -91,15 +92,23 @@ class Card:
     departures: tuple[str, ...] = ()
     tolerances: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     notes: str = ""
+    variants: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"card {self.id}: role is {self.role!r}, expected one of {', '.join(ROLES)}")
         if self.cost not in COSTS:
             raise ValueError(f"card {self.id}: cost is {self.cost!r}, expected one of {', '.join(COSTS)}")
+        for part in self.variants:
+            if part not in self.exports:
+                raise ValueError(f"card {self.id}: variants name {part!r}, which is no export")
         for word in self.claims:
             if word not in CLAIMS:
                 raise ValueError(f"card {self.id}: unknown claim {word!r}; the words are {', '.join(CLAIMS)}")
+
+    def of(self, part: str) -> Card:
+        """The card as it holds for one of the file's exports."""
+        return replace(self, **self.variants[part]) if part in self.variants else self  # type: ignore[arg-type]
 
     def claims_word(self, word: str) -> bool:
         """Whether the card makes the claim, or (``linear``) implies it."""

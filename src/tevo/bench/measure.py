@@ -5,7 +5,7 @@ Fourier transforms and scans; what is linear in the number of elements (activati
 not. Counts are made on meta tensors, where every attention kernel shows its matrix products and nothing is computed.
 
     FFT of n real or complex numbers      5 n log2 n, as is customary                                        (1)
-    scan x_t = a_t x_{t-1} + b_t          2 for each element of x                                            (2)
+    scan x_t = a_t x_{t-1} + b_t          2 for each element of x, 8 for a complex one                        (2)
     growth                                slope of log(value) over log(length), by least squares             (3)
 """
 
@@ -260,8 +260,9 @@ def _fft_to_real(
     return _transforms(x, dim, math.prod(x.shape[d] for d in dim[:-1]) * last)
 
 
-def _scan(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * math.prod(b)
+@_raw
+def _scan(a: Tensor, b: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return (8 if b.is_complex() else 2) * b.numel()
 
 
 def _maxima(k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

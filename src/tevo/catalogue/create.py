@@ -38,7 +38,7 @@ class Part:
     @property
     def card(self) -> Card | None:
         """The card, where the part is one of the catalogue's."""
-        return self.row.card if self.row else None
+        return self.row.card.of(self.name) if self.row and self.row.card else None
 
     @property
     def role(self) -> str | None:

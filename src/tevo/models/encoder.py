@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tevo.catalogue.create import Spec, resolve
 from tevo.contracts import Position, Stack, State, Stateful
 from tevo.functional.masks import blank, check_mask, positions_of
-from tevo.models.block import Block, build, run_block
+from tevo.models.block import Block, acts_on_scores, build, run_block
 
 Specs: TypeAlias = "Spec | Sequence[Spec]"
 
@@ -89,21 +89,36 @@ class Encoder(nn.Module):
             "depth": depth,
             "causal": causal,
         }
+        # what a part that owns more than a seat must name, if it is asked for
+        demands: dict[str, object] = {"causal": True} if causal else {}
+        if dropout:
+            demands["dropout"] = dropout
         positions = self._positions(position, facts, depth)
         self.position = positions[0] if positions else None
         self.stack: nn.Module | None = None
         self.blocks = nn.ModuleList()
         if stack is not None:
-            demands = {"causal": True} if causal else {}
-            self.stack = build("stack", stack, {**facts, "hidden_dim": hidden_dim, "dropout": dropout}, demands)
+            if positions and acts_on_scores(positions[0]):
+                demands["position"] = positions[0]
+            given = {"channel": channel, "residual": residual, "norm": norm, "hidden_dim": hidden_dim}
+            demands |= {name: value for name, value in given.items() if value is not None}
+            if mixer != "softmax":
+                demands["mixer"] = mixer
+            self.stack = build("stack", stack, facts, demands)
             return
         channels = per_layer("channel", "gelu" if channel is None else channel, depth)
-        for index, spec in enumerate(per_layer("mixer", mixer, depth)):
+        mixers = per_layer("mixer", mixer, depth)
+        if hidden_dim is not None:
+            demands["hidden_dim"] = hidden_dim
+        # beside whole blocks, other layers may still use these
+        if all(_is_block(spec) for spec in mixers):
+            self._refuse(mixers[0], channel=channel, residual=residual, norm=norm)
+            if positions and acts_on_scores(positions[0]):
+                demands["position"] = positions[0]
+        for index, spec in enumerate(mixers):
             own = positions[index % len(positions)] if positions else None
             if _is_block(spec):
-                self._refuse(spec, channel=channel, residual=residual, norm=norm, hidden_dim=hidden_dim)
-                demands = {"causal": True} if causal else {}
-                block = build("block", spec, {**facts, "index": index, "dropout": dropout}, demands)
+                block = build("block", spec, {**facts, "index": index}, demands)
             else:
                 block = Block(
                     dim=dim,

@@ -35,7 +35,8 @@ def at_length(subject: Subject, n: int) -> Subject:
     example = dict(subject.example)
     if "length" in example:
         example["length"] = n
-    if "grid" in example:
+    grid = example.get("grid")
+    if isinstance(grid, tuple) and grid[0] * grid[1] != n:
         rows = 2 ** (int(math.log2(n)) // 2)
         example["grid"] = (rows, n // rows)
     return Subject(subject.card, subject.part, subject.cls, example)

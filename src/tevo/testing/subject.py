@@ -216,7 +216,9 @@ def subjects(row: Row) -> Iterator[Subject]:
         for example in row.card.examples:
             wanted = example.get("part", part)
             if row.card.exports[str(wanted)] == name:
-                yield Subject(row.card, part, getattr(module, name), {k: v for k, v in example.items() if k != "part"})
+                yield Subject(
+                    row.card.of(part), part, getattr(module, name), {k: v for k, v in example.items() if k != "part"}
+                )
 
 
 def stateful(module: nn.Module) -> Stateful:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from tevo.card import Card
 from tevo.contracts import State, TokenMixer
+from tevo.functional.cache import append
 from tevo.functional.exponential import sequential_wkv, wkv, wkv_state
 from tevo.functional.masks import blank, check_mask, positions_of
-from tevo.mixers.softmax.softmax import append
 from tevo.taps import tap
 
 CARD = Card(
@@ -38,7 +38,7 @@ CARD = Card(
         r"w = a b^\top\ \text{(full)},\quad w_{ts} = 0\ \text{for}\ |t - s| \ge \text{window (local)},\quad "
         r"w = 0\ \text{(simple)}",
     ),
-    exports={"aft": "AFTFull", "aft_local": "AFTLocal"},
+    exports={"aft": "AFTFull", "aft_local": "AFTLocal", "aft_simple": "AFTSimple"},
     cost="n^2",
     flops="8 * n * d * (hidden_dim or d) + 2 * n * n * (rank or 0) + 4 * n * n * (hidden_dim or d)",
     state="2 * n * (hidden_dim or d)",
@@ -50,6 +50,9 @@ CARD = Card(
         {"part": "aft_local", "dim": 12, "length": 37, "rank": 5, "window": 4},
         {"part": "aft_local", "dim": 5, "length": 13, "rank": None, "window": 1},
         {"part": "aft_local", "dim": 7, "length": 29, "rank": 3, "window": 40},
+        {"part": "aft_simple", "dim": 12, "hidden_dim": 5},
+        {"part": "aft_simple", "dim": 7, "bias": True},
+        {"part": "aft_simple", "dim": 3, "hidden_dim": 8},
     ),
     reduces_to=("aft_local with window >= length is aft", "aft with w = 0, and aft_local, are aft_simple"),
     equals=(
@@ -63,9 +66,11 @@ CARD = Card(
     ),
     notes=(
         "FLOPs are those of the bidirectional form; the causal one needs between half and all of the last term. In float32 a "
-        "bias more than 80 below the largest of its row counts as minus infinity. The simple form is the "
-        "class AFTSimple of this file: no length, FLOPs 8 * n * d * (hidden_dim or d), state 3 * (hidden_dim or d)."
+        "bias more than 80 below the largest of its row counts as minus infinity."
     ),
+    variants={
+        "aft_simple": {"cost": "n", "flops": "", "state": "3 * (hidden_dim or d)"},
+    },
 )
 
 # blocks that are summed directly have half to all of this many tokens

@@ -38,15 +38,27 @@ CARD = Card(
         r"s_{iJ} = q_i^\top W_k S_J + B'_{\mathrm{bucket}(J - \lfloor i / g \rfloor)}",
         r"o_i = \mathrm{softmax}(s_{i\cdot})\,[v;\, W_v S]",
     ),
-    exports={"longt5": "LongT5"},
+    exports={"longt5": "LongT5", "longt5_local": "LongT5Local"},
     cost="n^2",
     state="2 * h * (head_dim or d // h) * (radius + n // block) + d",
     claims=("bidirectional", "causal", "padding", "exact_state"),
     examples=(
-        {"dim": 12, "heads": 3, "radius": 3, "block": 4, "buckets": 8, "max_distance": 9},
-        {"dim": 10, "heads": 2, "head_dim": 3, "radius": 1, "block": 3, "buckets": 6, "max_distance": 5},
-        {"dim": 3, "heads": 1, "radius": 40, "block": 5, "buckets": 4, "max_distance": 16},
-        {"dim": 8, "heads": 2, "radius": 2, "block": 1, "buckets": 8, "max_distance": 9},
+        {"part": "longt5", "dim": 12, "heads": 3, "radius": 3, "block": 4, "buckets": 8, "max_distance": 9},
+        {
+            "part": "longt5",
+            "dim": 10,
+            "heads": 2,
+            "head_dim": 3,
+            "radius": 1,
+            "block": 3,
+            "buckets": 6,
+            "max_distance": 5,
+        },
+        {"part": "longt5", "dim": 3, "heads": 1, "radius": 40, "block": 5, "buckets": 4, "max_distance": 16},
+        {"part": "longt5", "dim": 8, "heads": 2, "radius": 2, "block": 1, "buckets": 8, "max_distance": 9},
+        {"part": "longt5_local", "dim": 12, "heads": 3, "radius": 3, "buckets": 8, "max_distance": 9},
+        {"part": "longt5_local", "dim": 10, "heads": 2, "head_dim": 3, "radius": 1, "buckets": 6, "max_distance": 5},
+        {"part": "longt5_local", "dim": 3, "heads": 1, "radius": 40, "buckets": 4, "max_distance": 16},
     ),
     equals=(
         "transformers 5.23.0 LongT5LocalAttention, LongT5TransientGlobalAttention and a two-layer encoder (bidirectional); "
@@ -59,9 +71,10 @@ CARD = Card(
         "Padding is moved behind the real tokens before anything else, so that it may stand anywhere.",
     ),
     notes=(
-        "LongT5Local of this file is the form without summaries, whose cost is linear. Sums of 16 inputs overflow float16: "
+        "longt5_local is the form without summaries, whose cost is linear. Sums of 16 inputs overflow float16: "
         "use bfloat16. The paper's FLOPs grow like n while n < 2 r g (4096 tokens), and like n^2 / g beyond."
     ),
+    variants={"longt5_local": {"cost": "n", "state": "2 * h * (head_dim or d // h) * radius"}},
 )
 
 
