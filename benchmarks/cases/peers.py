@@ -168,6 +168,7 @@ def rwkv(d: int):
     from transformers.models.rwkv.modeling_rwkv import RwkvConfig, RwkvSelfAttention
 
     from tevo.blocks.rwkv import TimeMix
+    from tevo.functional.exponential import wkv_state
 
     theirs = RwkvSelfAttention(RwkvConfig(hidden_size=d, attention_hidden_size=d, num_hidden_layers=2), layer_id=0)
     ours = TimeMix(dim=d, depth=2, index=0)
@@ -188,7 +189,11 @@ def rwkv(d: int):
             (ours.output.weight, theirs.output.weight),
         ]
     )
-    return ours, ours, theirs, lambda x: theirs(x)[0]
+
+    def call(x: Tensor) -> Tensor:
+        return ours(x, x.new_zeros(len(x), d), wkv_state(len(x), ours.decay), None)[0]
+
+    return ours, call, theirs, lambda x: theirs(x)[0]
 
 
 def longt5(d: int, local: bool = False):
@@ -213,7 +218,7 @@ def longt5(d: int, local: bool = False):
         mask = torch.ones(x.shape[:2], dtype=torch.long)
         if local:
             blocks = m._get_local_attention_mask(mask, theirs.block_len, x.device)
-            return theirs(x, torch.where(blocks > 0, 0.0, -1e10))[0]
+            return theirs(x, blocks)[0]
         return theirs(x, mask)[0]
 
     return ours, ours, theirs, call

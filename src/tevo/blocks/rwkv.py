@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tevo.card import Card
 from tevo.contracts import State
 from tevo.functional.exponential import WkvState, sequential_wkv, wkv, wkv_state
-from tevo.functional.masks import blank, check_mask
+from tevo.functional.masks import check_mask, refuse_context, to_front
 
 CARD = Card(
     id="rwkv",
@@ -117,8 +117,7 @@ class RWKV(nn.Module):
 
     def init_state(self, batch: int, *, context: Tensor | None = None, mask: Tensor | None = None) -> State:
         """The last input of the time mixer (b, d), its sums (3 times b d), the last input of the channel mixer (b, d)."""
-        if context is not None:
-            raise ValueError("RWKV mixes a sequence with itself, got a context; use a mixer that claims cross")
+        refuse_context("RWKV", context)
         like = self.time.decay
         return like.new_zeros(batch, len(like)), wkv_state(batch, like), like.new_zeros(batch, len(like))
 
@@ -130,10 +129,9 @@ class RWKV(nn.Module):
         if mask is None:
             return self._advance(x, state, None)
         # real tokens to the front, in their order: then padding has no successor that it could reach
-        order = mask.byte().argsort(dim=1, descending=True, stable=True)
-        x = blank(x, mask).take_along_dim(order[..., None], 1)
-        y, state = self._advance(x, state, mask.sum(1))
-        return y.take_along_dim(order.argsort(dim=1)[..., None], 1), state
+        x, count, back = to_front(x, mask)
+        y, state = self._advance(x, state, count)
+        return y.take_along_dim(back, 1), state
 
     def _advance(self, x: Tensor, state: State, count: Tensor | None) -> tuple[Tensor, State]:
         """``count`` (b,): how many tokens, from the front, are real; None means all."""

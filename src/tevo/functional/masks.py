@@ -52,3 +52,13 @@ def positions_of(mask: Tensor | None, n: int, start: Tensor | int = 0, device: t
     else:
         steps = (mask.long().cumsum(1) - 1).clamp(min=0)
     return steps + (start[:, None] if isinstance(start, Tensor) else start)
+
+
+def to_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Real tokens of ``x`` (b, n, d) first, in their order, then zeros.
+
+    Returns:
+        (b, n, d), how many are real (b,), and the index (b, n, 1) that undoes the order.
+    """
+    order = mask.byte().argsort(dim=1, descending=True, stable=True)
+    return blank(x, mask).take_along_dim(order[..., None], 1), mask.sum(1), order.argsort(dim=1)[..., None]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tevo.card import Card
 from tevo.contracts import State, TokenMixer
 from tevo.functional.attention import attention, softmax_weights
-from tevo.functional.masks import refuse_mask
+from tevo.functional.masks import refuse_context, refuse_mask
 from tevo.mixers.softmax.multi_head import check_heads, merge_heads, split_heads
 
 CARD = Card(
@@ -236,10 +236,7 @@ class NeighborhoodAttention(TokenMixer):
     @staticmethod
     def _check(context: Tensor | None, mask: Tensor | None) -> None:
         refuse_mask("NeighborhoodAttention", mask)
-        if context is not None:
-            raise ValueError(
-                "NeighborhoodAttention mixes tokens with their neighbours, got a context; use a mixer that claims cross"
-            )
+        refuse_context("NeighborhoodAttention", context)
 
     def _reach(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """How many rows and columns before a token its keys lie, (K,) each; a line has columns only."""

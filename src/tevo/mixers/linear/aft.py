@@ -26,7 +26,7 @@ from tevo.card import Card
 from tevo.contracts import State, TokenMixer
 from tevo.functional.cache import append
 from tevo.functional.exponential import sequential_wkv, wkv, wkv_state
-from tevo.functional.masks import blank, check_mask, positions_of
+from tevo.functional.masks import blank, check_mask, positions_of, refuse_context
 from tevo.taps import tap
 
 CARD = Card(
@@ -208,9 +208,7 @@ class _AFT(TokenMixer):
         return q, k.to(wide), v.to(wide)
 
     def _only_itself(self, context: Tensor | None) -> None:
-        if context is not None:
-            name = type(self).__name__
-            raise ValueError(f"{name} mixes a sequence with itself, got a context; use a mixer that claims cross")
+        refuse_context(type(self).__name__, context)
 
     def _only_causal(self) -> None:
         if not self.causal:

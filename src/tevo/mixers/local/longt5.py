@@ -23,7 +23,7 @@ from tevo.card import Card
 from tevo.contracts import State, TokenMixer
 from tevo.functional.attention import attention
 from tevo.functional.local_attention import local_attention
-from tevo.functional.masks import blank, check_mask
+from tevo.functional.masks import check_mask, refuse_context, to_front
 from tevo.mixers.softmax.multi_head import check_heads, merge_heads, split_heads
 from tevo.norms.rms_norm import RMSNorm
 from tevo.positions.t5_bias import bucket
@@ -80,16 +80,6 @@ CARD = Card(
 
 # keys and values of summaries (b, h, G, e), biases of their scores (#b, h, n, G), which may be seen (#b, 1, #n, G)
 Far = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def to_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Real tokens of ``x`` (b, n, d) first, in their order, then zeros.
-
-    Returns:
-        (b, n, d), how many are real (b,), and the index (b, n, 1) that undoes the order.
-    """
-    order = mask.byte().argsort(dim=1, descending=True, stable=True)
-    return blank(x, mask).take_along_dim(order[..., None], 1), mask.sum(1), order.argsort(dim=1)[..., None]
 
 
 def block_sums(x: Tensor, block: int, live: Tensor | None) -> Tensor:
@@ -234,9 +224,7 @@ class _LongT5(TokenMixer):
         return bias, (j < live[:, None])[:, None, None]
 
     def _only_itself(self, context: Tensor | None) -> None:
-        if context is not None:
-            name = type(self).__name__
-            raise ValueError(f"{name} mixes a sequence with itself, got a context; use a mixer that claims cross")
+        refuse_context(type(self).__name__, context)
 
     def init_state(self, batch: int, *, context: Tensor | None = None, mask: Tensor | None = None) -> State:
         """Keys and values (b, h, r, e) of the last tokens and whether they exist (b, r), keys and values (b, h, G, e) of the

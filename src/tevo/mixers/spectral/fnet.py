@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tevo.card import Card
 from tevo.contracts import TokenMixer
-from tevo.functional.masks import refuse_mask
+from tevo.functional.masks import refuse_context, refuse_mask
 
 CARD = Card(
     id="fnet",
@@ -90,8 +90,7 @@ class FNet(TokenMixer):
             ValueError: a context, a mask, or another width than ``dim``.
         """
         refuse_mask("FNet", mask)
-        if context is not None:
-            raise ValueError("FNet mixes a sequence with itself, got a context; use a mixer that claims cross")
+        refuse_context("FNet", context)
         if x.shape[-1] != self.dim:
             raise ValueError(f"FNet was built for dim={self.dim}, got tokens of width {x.shape[-1]}")
         y = fourier_mix(x)
