@@ -25,9 +25,9 @@ __all__ = ["SCHEMA", "check", "headline", "render"]
 Results = Mapping[str, Any]
 SCHEMA = 1
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, without the yellow that fades on white; the baseline
-# is black
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colours, told apart by colour-blind readers too, with wine and olive in place of the yellow that fades
+# on white; the baseline is black
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 _LINES = ("-", "--", "-.", ":")
 
@@ -142,9 +142,11 @@ def _cost_sentence(results: Results) -> str:
         if part is not base and ours and theirs and ours < theirs:
             crossing = part["cost"]["crossing"]["train_s"]
             where = (
-                "at every length measured" if crossing["from_start"] else f"from {crossing['length']:,.0f} tokens on"
+                "ahead at every length measured"
+                if crossing["from_start"]
+                else f"ahead from {crossing['length']:,.0f} tokens on"
             )
-            gains.append((theirs / ours, f"{part['name']} {theirs / ours:.1f} times, {where}"))
+            gains.append((theirs / ours, f"{part['name']} ({theirs / ours:.1f} times, {where})"))
     if not theirs:
         return ""
     if not gains:
