@@ -94,7 +94,8 @@ def evidence_lines(evidence: dict[str, Any] | None) -> list[str]:
     lines = [f"second formulation: relative RMS {oracle['relative_rms']:.1e} at most (allowed {oracle['allowed']:.0e})"]
     official = evidence["official"]
     if official:
-        worst = max(official, key=lambda c: c["largest_difference"] / c["allowed"])
+        # an allowed difference of zero is met exactly, or the comparison had failed
+        worst = max(official, key=lambda c: c["largest_difference"] / (c["allowed"] or 1.0))
         lines.append(
             f"official code: {len(official)} comparisons, the closest to its tolerance is {worst['what']} with "
             f"{worst['largest_difference']:.1e} of {worst['allowed']:.1e}"

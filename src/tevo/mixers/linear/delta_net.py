@@ -34,7 +34,7 @@ CARD = Card(
     exports={"delta_net": "DeltaNet"},
     cost="n",
     flops=(
-        "8 * n * d * d + 2 * n * d * h + (lambda n, d, e, f, pairs, chunks: pairs * d * (4 * f + 2) "
+        "8 * n * d * d + 2 * n * d * h + (lambda n, d, e, f, pairs, chunks: pairs * d * (5 * f + 3) "
         "+ 2 * n * d * e * f * (f + 3) + 2 * chunks * d * (e * f) ** 2)"
         "(n, d, d // h, 2 * nu if nu else 1, (n - n % 64) * 64 + (n % 64) ** 2, ceil(n / 64))"
     ),
