@@ -1,0 +1,29 @@
+"""Scenes to find objects in: generators as pure functions of (seed, index), and readers of the files people have."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tevo.slot_attention.data.layout import Images, Scene, ids_of, masks
+    from tevo.slot_attention.data.sprites import multi_dsprites_like
+    from tevo.slot_attention.data.tetrominoes import tetrominoes_like
+
+__all__ = ["Images", "Scene", "ids_of", "masks", "multi_dsprites_like", "tetrominoes_like"]
+
+# loaded when asked for: some need Pillow, scikit-learn or torch
+_HOMES = {
+    "Images": "layout",
+    "Scene": "layout",
+    "ids_of": "layout",
+    "masks": "layout",
+    "multi_dsprites_like": "sprites",
+    "tetrominoes_like": "tetrominoes",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
