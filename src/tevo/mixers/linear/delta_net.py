@@ -52,7 +52,7 @@ CARD = Card(
     departures=(
         "The sum that features are divided by is at least 1e-6: the authors' code divides by zero where all products of a "
         "token vanish (nu = 1, odd head width, alternating signs).",
-        "The attention-normalised update, which the paper found no better than the sum-normalised one, is left out.",
+        "The attention-normalised update, a variant of the paper, is left out.",
     ),
 )
 
