@@ -139,7 +139,8 @@ def _cost_sentence(results: Results) -> str:
     gains = []
     for part in results["parts"]:
         ours = part["cost"]["curves"]["train_s"][-1]
-        if part is not base and ours and theirs and ours < theirs:
+        # less than 5 % is no gain to speak of
+        if part is not base and ours and theirs and 1.05 * ours < theirs:
             crossing = part["cost"]["crossing"]["train_s"]
             where = (
                 "ahead at every length measured"
