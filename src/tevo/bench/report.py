@@ -151,7 +151,7 @@ def _cost_sentence(results: Results) -> str:
     if not theirs:
         return ""
     if not gains:
-        return f"Cost: up to {longest:,} tokens no part trains faster than {base['name']}."
+        return f"Cost: at {longest:,} tokens no part trains faster than {base['name']} by 5 % or more."
     listed = _and([text for _, text in sorted(gains, reverse=True)])
     return f"Cost: at {longest:,} tokens these train faster than {base['name']}: {listed}."
 
