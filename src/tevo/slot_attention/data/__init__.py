@@ -6,19 +6,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tevo.slot_attention.data.converting import convert
+    from tevo.slot_attention.data.folders import ArrayFile, ClevrFolder, ImageFolder, set_targets
     from tevo.slot_attention.data.layout import Images, Scene, ids_of, masks
+    from tevo.slot_attention.data.records import LAYOUTS, RecordFile
     from tevo.slot_attention.data.sprites import multi_dsprites_like
     from tevo.slot_attention.data.tetrominoes import tetrominoes_like
 
-__all__ = ["Images", "Scene", "ids_of", "masks", "multi_dsprites_like", "tetrominoes_like"]
+__all__ = [
+    "LAYOUTS",
+    "ArrayFile",
+    "ClevrFolder",
+    "ImageFolder",
+    "Images",
+    "RecordFile",
+    "Scene",
+    "convert",
+    "ids_of",
+    "masks",
+    "multi_dsprites_like",
+    "set_targets",
+    "tetrominoes_like",
+]
 
 # loaded when asked for: some need Pillow, scikit-learn or torch
 _HOMES = {
+    "ArrayFile": "folders",
+    "ClevrFolder": "folders",
+    "ImageFolder": "folders",
     "Images": "layout",
+    "LAYOUTS": "records",
+    "RecordFile": "records",
     "Scene": "layout",
+    "convert": "converting",
     "ids_of": "layout",
     "masks": "layout",
     "multi_dsprites_like": "sprites",
+    "set_targets": "folders",
     "tetrominoes_like": "tetrominoes",
 }
 
