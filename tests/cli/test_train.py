@@ -52,6 +52,8 @@ OTHER: dict[str, tuple[list[str], object]] = {
     "channel": (["swiglu"], "swiglu"),
     "position": (["rope"], "rope"),
     "residual": (["post_norm"], "post_norm"),
+    "norm": (["rms_norm"], "rms_norm"),
+    "hidden_dim": (["96"], 96),
 }
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from chains import run_toy
+from tests.training.chains import run_toy
 
 from tevo.training.progress import Silent
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import final_hash, run_toy
-from test_loop import Listener
+from tests.training.chains import final_hash, run_toy
+from tests.training.test_loop import Listener
 
 from tevo.training import checkpoint
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from chains import ToyModel, ToyTask, final_hash, run_toy, toy_recipe
+from tests.training.chains import ToyModel, ToyTask, final_hash, run_toy, toy_recipe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -41,6 +41,8 @@ def build_model(recipe: LanguageModelRecipe, task: Task) -> CausalLM:
         channel=recipe.channel,
         position=recipe.position,
         residual=recipe.residual,
+        norm=recipe.norm,
+        hidden_dim=recipe.hidden_dim,
         length=task.length,
         dropout=recipe.dropout,
     )

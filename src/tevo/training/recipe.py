@@ -109,6 +109,8 @@ class LanguageModelRecipe(Recipe):
     channel: str | None = _option(None, "channel mixer; none: the host's own, gelu")
     position: str | None = _option(None, "position part")
     residual: str | None = _option(None, "wiring of a block; none: the host's own, pre_norm")
+    norm: str | None = _option(None, "the wiring's norm; none: the wiring's own")
+    hidden_dim: int | None = _option(None, "width inside channel mixers; none: their own")
     dim: int = _option(128, "width")
     depth: int = _option(4, "layers")
     heads: int = _option(4, "heads")
