@@ -62,6 +62,29 @@ def test_ari_equals_the_implementation_that_has_the_edge(case: str, edge: str) -
                 assert math.isnan(found.value)
 
 
+def one_hot_fg_ari(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """DeepMind's convention in its own terms: one-hot masks of one image, that of the background left out."""
+    t, p = np.eye(5)[truth.ravel()][:, 1:], np.eye(5)[predicted.ravel()]
+    if len(set(t.argmax(1))) == 1 and len(set(p.argmax(1))) == 1:
+        return 1.0
+    n, total = t.T @ p, t.sum()
+    r, a, b = ((x * (x - 1)).sum() for x in (n, n.sum(1), n.sum(0)))
+    with np.errstate(invalid="ignore"):
+        chance = a * b / (total * (total - 1))
+        return float((r - chance) / ((a + b) / 2 - chance))
+
+
+def test_the_edge_of_deepmind_equals_its_terms_on_scenes_of_few_pixels() -> None:
+    # six pixels of few ids: every edge is met, a lone object of id 1 and of another id too
+    truth = torch.cat([ints(high, 300, 2, 3, seed=high) for high in (2, 3, 5)])
+    truth[:40] = 2 * truth[:40]
+    predicted = torch.cat([ints(high, 300, 2, 3, seed=9 + high) for high in (1, 2, 4)])
+    expected = [one_hot_fg_ari(t, p) for t, p in zip(truth.numpy(), predicted.numpy(), strict=True)]
+    found = fg_ari(truth, predicted, edge="nan")
+    np.testing.assert_allclose(found.per_image.numpy(), expected, rtol=0, atol=1e-12)
+    assert 0 < found.skipped < 900 and expected.count(1.0) > 10
+
+
 def test_the_default_edge_is_that_of_savi() -> None:
     truth, predicted = torch.zeros(2, 3, 3, dtype=torch.long), ints(3, 2, 3, 3)
     assert fg_ari(truth, predicted).per_image.tolist() == [1.0, 1.0]

@@ -68,14 +68,14 @@ def test_narrow_autoencoder_equals_the_reference() -> None:
     with record() as seen:
         out = model(image, slots=model.slot_attention.initial_slots(2, noise=noise))
     loss = F.mse_loss(out.reconstruction, image)
-    # the reference's position grid is float32, ours too; its soft outputs are stored in float32
+    # what the reference ran in float64, with its position grid in float32 as ours; the rest it ran in float32
     close(model.encoder(image), data["out/features"], 1e-5)
-    close(out.slots, data["out/slots_f64"], 1e-6)
-    close(out.reconstruction.movedim(1, -1), data["out/recon_combined_f64"], 1e-6)
+    close(out.slots, data["out/slots_f64"], 1e-12)
+    close(out.reconstruction.movedim(1, -1), data["out/recon_combined_f64"], 1e-12)
     close(out.colours.movedim(2, -1), data["out/recons"], 1e-5)
     close(out.masks[..., None], data["out/masks"], 1e-5)
     close(torch.stack(seen["attention"]).squeeze(2).mT, data["out/attn"], 1e-5)
-    close(loss, data["out/loss_f64"], 1e-6)
+    close(loss, data["out/loss_f64"], 1e-12)
     check_gradients(model, loss, data)
 
 
@@ -87,9 +87,9 @@ def test_narrow_set_predictor_equals_the_reference() -> None:
     out = model(images(data["in/image_nhwc"]).double(), slots=model.slot_attention.initial_slots(3, noise=noise))
     targets = torch.from_numpy(data["in/target"]).double()
     loss, pairs = hungarian_huber(out.predictions, targets)
-    close(out.slots, data["out/slots_f64"], 1e-6)
-    close(out.predictions, data["out/predictions_f64"], 1e-6)
-    close(loss, data["out/loss_f64"], 1e-6)
+    close(out.slots, data["out/slots_f64"], 1e-12)
+    close(out.predictions, data["out/predictions_f64"], 1e-12)
+    close(loss, data["out/loss_f64"], 1e-12)
     # padding rows tie: each prediction must get a target of the same content
     theirs = torch.from_numpy(data["out/indices_row_target_col_pred"])
     for b in range(3):
@@ -260,8 +260,8 @@ def test_models_run_in_half_precision_under_autocast(make: Callable[[], nn.Modul
         low = model(x, slots=slots)
     with torch.no_grad():
         full = model(x, slots=slots)
-    # bfloat16 keeps 8 bits; the outputs are of order one
-    assert (low[0].float() - full[0]).abs().max() < 0.05
+    # bfloat16 keeps 8 bits and the outputs are at most of order one: a few roundings
+    assert (low[0].float() - full[0]).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(

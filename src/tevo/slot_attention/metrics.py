@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Score:
     """A metric, and what it was taken over.
 
@@ -104,12 +104,12 @@ def ari(truth: Tensor, predicted: Tensor, *, edge: str = "one", source: str = "n
         edge: a key of ``EDGES``: what an image scores where eq. 1 is 0/0.
         source: where the prediction came from (decoder alpha, attention), for the record.
     """
-    return _ari("ARI", truth, predicted, torch.ones_like(truth, dtype=torch.bool), "counted as an object", edge, source)
+    return _ari("ARI", truth, predicted, False, edge, source)
 
 
 def fg_ari(truth: Tensor, predicted: Tensor, *, edge: str = "one", source: str = "not stated") -> Score:
     """Adjusted Rand index over the foreground pixels alone (eq. 1); arguments as for :func:`ari`."""
-    return _ari("FG-ARI", truth, predicted, truth > 0, "its pixels ignored", edge, source)
+    return _ari("FG-ARI", truth, predicted, True, edge, source)
 
 
 def mean_best_overlap(
@@ -185,15 +185,14 @@ def average_precision_per_image(predictions: Tensor, targets: Tensor, *, thresho
     return _score("AP", value, _ap_conventions(threshold, "within each image, then averaged"))
 
 
-def _ari(
-    name: str, truth: Tensor, predicted: Tensor, counted: Tensor, background: str, edge: str, source: str
-) -> Score:
+def _ari(name: str, truth: Tensor, predicted: Tensor, foreground: bool, edge: str, source: str) -> Score:
     if edge not in EDGES:
         raise ValueError(f"{name} got edge={edge!r}, expected one of {', '.join(EDGES)}")
     rule, words = EDGES[edge]
+    background = "its pixels ignored" if foreground else "counted as an object"
     stated = {**_mask_conventions(truth, predicted, source), "background": background, "edge": words}
     truth, ids = _ids(name, truth, predicted)
-    counted = counted.flatten(1)
+    counted = truth > 0 if foreground else torch.ones_like(truth, dtype=torch.bool)
     table = _contingency(truth, ids, counted)  # b i j
     pairs, a, b, n = (_ordered_pairs(t) for t in (table, table.sum(2), table.sum(1), table.sum((1, 2))[:, None]))
     # in integers, so that 0/0 is told exactly: A and B are at most n (n - 1), and equal there or at 0
