@@ -91,6 +91,15 @@ def test_the_default_edge_is_that_of_savi() -> None:
     assert "SAVi" in fg_ari(truth, predicted).conventions["edge"]
 
 
+def test_regions_of_one_pixel_each_are_an_edge_too() -> None:
+    """No pair of pixels is joined on either side: 0/0 again, though nothing is in one region."""
+    truth, predicted = torch.arange(1, 7)[None], torch.arange(6).flip(0)[None]
+    assert [fg_ari(truth, predicted, edge=edge).value for edge in ("one", "skip")] == [1.0, 1.0]
+    assert fg_ari(truth, predicted, edge="nan").skipped == 1
+    # joined on one side alone, it is chance
+    assert fg_ari(truth, torch.zeros_like(predicted)).value == 0.0
+
+
 def test_ari_equals_counting_pairs_of_pixels() -> None:
     """Of all pairs of pixels, how many the two partitions agree to join, against what chance would join."""
     truth, predicted = ints(4, 5, 6, 7), ints(3, 5, 6, 7, seed=2)
