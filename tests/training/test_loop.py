@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.chains import ToyModel, ToyTask, final_hash, run_toy, toy_recipe
 from safetensors.torch import load_file
+from tests.training.chains import ToyModel, ToyTask, final_hash, run_toy, toy_recipe
 from torch import Tensor, nn
 
 from tevo.contracts import Loss, Objective
