@@ -232,6 +232,14 @@ def test_masks_sum_to_one_and_weigh_the_colours() -> None:
     torch.testing.assert_close(out.reconstruction, summed, rtol=0, atol=1e-12)
 
 
+def test_an_exported_model_gives_the_same() -> None:
+    model, x, slots = SlotAutoencoder(**SMALL, decoder_grid=(2, 2)).double(), draw(2, 3, 32, 32), draw(2, 4, 12, seed=2)
+    exported = torch.export.export(model, (x,), {"slots": slots}).module()
+    y = draw(2, 3, 32, 32, seed=3)
+    for found, expected in zip(exported(y, slots=slots), model(y, slots=slots), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_images_do_not_see_each_other() -> None:
     model, x, slots = SlotAutoencoder(**SMALL, decoder_grid=(2, 2)).double(), draw(3, 3, 32, 32), draw(3, 4, 12, seed=2)
     alone = model(x[1:2], slots=slots[1:2])
