@@ -9,18 +9,22 @@ if TYPE_CHECKING:
     from tevo.slot_attention.data.converting import convert
     from tevo.slot_attention.data.folders import ArrayFile, ClevrFolder, ImageFolder, set_targets
     from tevo.slot_attention.data.layout import Images, Scene, ids_of, masks
+    from tevo.slot_attention.data.raycast import CENTRE_CROP, WHOLE_FRAME, clevr_lite
     from tevo.slot_attention.data.records import LAYOUTS, RecordFile
     from tevo.slot_attention.data.sprites import multi_dsprites_like
     from tevo.slot_attention.data.tetrominoes import tetrominoes_like
 
 __all__ = [
+    "CENTRE_CROP",
     "LAYOUTS",
+    "WHOLE_FRAME",
     "ArrayFile",
     "ClevrFolder",
     "ImageFolder",
     "Images",
     "RecordFile",
     "Scene",
+    "clevr_lite",
     "convert",
     "ids_of",
     "masks",
@@ -32,6 +36,9 @@ __all__ = [
 # loaded when asked for: some need Pillow, scikit-learn or torch
 _HOMES = {
     "ArrayFile": "folders",
+    "CENTRE_CROP": "raycast",
+    "WHOLE_FRAME": "raycast",
+    "clevr_lite": "raycast",
     "ClevrFolder": "folders",
     "ImageFolder": "folders",
     "Images": "layout",
