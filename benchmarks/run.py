@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tevo.bench.timing import BOUND
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # glibc maps and unmaps every large temporary by default, so that each is page-faulted anew; the tuned mode keeps the
@@ -82,7 +84,7 @@ def _child(name: str, threads: int, seconds: float, result: Path) -> int:
 
 def _in_fresh_process(name: str, mode: str, threads: int, seconds: float) -> dict[str, object] | None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    environment |= {"OMP_NUM_THREADS": str(threads), **ALLOCATORS[mode]}
+    environment |= {"OMP_NUM_THREADS": str(threads), **BOUND, **ALLOCATORS[mode]}
     options = ["--threads", str(threads), "--seconds", f"{seconds:g}"]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -93,7 +95,7 @@ def _in_fresh_process(name: str, mode: str, threads: int, seconds: float) -> dic
             return None
         record: dict[str, object] = json.loads(result.read_text(encoding="utf-8"))
     reproduce = ["python", "-m", "benchmarks.run", "--case", name, "--allocator", mode, *options]
-    return {**record, "environment": ALLOCATORS[mode], "command": " ".join(reproduce)}
+    return {**record, "environment": {**BOUND, **ALLOCATORS[mode]}, "command": " ".join(reproduce)}
 
 
 def _store(out: Path, name: str, mode: str, record: dict[str, object]) -> None:

@@ -30,6 +30,8 @@ __all__ = ["Server", "alternate", "measure_block", "measure_lengths"]
 Job = dict[str, Any]
 Numbers = dict[str, Any]
 
+# one CPU for each thread: two on one CPU wait for each other by whole time slices, often for as long as a job lasts
+BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
 # seconds after which a job is given up, and how long a pass is repeated for
 PATIENCE = 20.0
 REPEAT_FOR = 0.2
@@ -155,6 +157,7 @@ class Server:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tevo.bench.timing", str(self.patience)],
+                env={**BOUND, **os.environ},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
