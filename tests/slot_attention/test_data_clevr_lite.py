@@ -232,6 +232,16 @@ def test_objects_are_seen_against_the_ground_in_their_colours() -> None:
     assert 60 < ground.mean() < 190 and np.ptp(ground.mean(0)) < 20
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_masks_and_factors(scenes: Scene) -> None:
+    there = make(0, range(5), objects=(3, 6), size=(48, 64), crop=WHOLE_FRAME, samples=1, device="cuda")
+    for name, values in there.items():
+        if name == "image":
+            assert abs(values.astype(int) - scenes[name]).max() <= 1  # the last digit of a power
+        else:
+            assert np.array_equal(values, scenes[name])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tevo.slot_attention.data.converting import convert
+    from tevo.slot_attention.data.digits import digits_on_textures
     from tevo.slot_attention.data.folders import ArrayFile, ClevrFolder, ImageFolder, set_targets
     from tevo.slot_attention.data.layout import Images, Scene, ids_of, masks
     from tevo.slot_attention.data.raycast import CENTRE_CROP, WHOLE_FRAME, clevr_lite
@@ -26,6 +27,7 @@ __all__ = [
     "Scene",
     "clevr_lite",
     "convert",
+    "digits_on_textures",
     "ids_of",
     "masks",
     "multi_dsprites_like",
@@ -46,6 +48,7 @@ _HOMES = {
     "RecordFile": "records",
     "Scene": "layout",
     "convert": "converting",
+    "digits_on_textures": "digits",
     "ids_of": "layout",
     "masks": "layout",
     "multi_dsprites_like": "sprites",
