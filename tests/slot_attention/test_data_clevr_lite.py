@@ -12,7 +12,9 @@ from tevo.slot_attention.data.layout import Scene
 from tevo.slot_attention.data.raycast import (
     CAMERA,
     CUBE,
+    CUBE_EDGE,
     CYLINDER,
+    CYLINDER_EDGE,
     HEIGHT,
     OBJECTS,
     SPHERE,
@@ -26,14 +28,15 @@ from tevo.slot_attention.data.raycast import (
     _place,
     _project,
     _rays,
-    _rounded,
+    _rounded_cube,
+    _rounded_cylinder,
     _sphere,
     _trace,
     _world,
 )
 from tevo.slot_attention.data.raycast import clevr_lite as make
 
-GOLDEN = "241e8b676089707d"
+GOLDEN = "798f40bca3200fb2"
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +146,8 @@ def test_each_object_shows_at_least_200_pixels_of_the_frame() -> None:
 
 @pytest.mark.parametrize(("meet", "inside"), [
     (_sphere, lambda p: (p * p).sum(-1) <= 1),
-    (_cylinder, lambda p: (p[..., :2].square().sum(-1) <= 1) & (p[..., 2].abs() <= 1)),
-    (_cube, lambda p: _rounded(p) <= 0),
+    (_cylinder, lambda p: _rounded_cylinder(p) <= 0),
+    (_cube, lambda p: _rounded_cube(p) <= 0),
 ])  # fmt: skip
 def test_a_ray_enters_where_marching_along_it_first_finds_the_inside(meet, inside) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(0)
@@ -165,12 +168,14 @@ def test_a_ray_enters_where_marching_along_it_first_finds_the_inside(meet, insid
     assert ((first - t)[both] <= 0.0021).float().mean() > 0.97
 
 
-def test_a_rounded_cube_is_the_cube_but_at_its_edges() -> None:
-    p = torch.tensor(
-        [[1.0, 0.3, -0.5], [0.2, -1.0, 0.9], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [2.0, 0, 0]], dtype=torch.float64
-    )
-    gap = 0.1 * torch.tensor([0, 0, 2**0.5 - 1, 3**0.5 - 1, 10.0], dtype=torch.float64)
-    assert _rounded(p) == pytest.approx(gap, abs=1e-12)
+def test_rounded_shapes_are_the_sharp_ones_but_at_their_edges() -> None:
+    p = torch.tensor([[1, 0.3, -0.5], [0.2, -1, 0.8], [1, 1, 0], [1, 1, 1], [2, 0, 0]], dtype=torch.float64)
+    gap = CUBE_EDGE * torch.tensor([0, 0, 2**0.5 - 1, 3**0.5 - 1, 0], dtype=torch.float64)
+    gap[4] = 1
+    assert _rounded_cube(p) == pytest.approx(gap, abs=1e-12)
+    p = torch.tensor([[0.6, 0.8, -0.5], [0.2, 0.1, -1], [0.8, 0.6, 1], [0, 2, 0], [0, 0, -3]], dtype=torch.float64)
+    gap = torch.tensor([0, 0, CYLINDER_EDGE * (2**0.5 - 1), 1, 2], dtype=torch.float64)
+    assert _rounded_cylinder(p) == pytest.approx(gap, abs=1e-12)
 
 
 def test_normals_are_of_unit_length_and_point_away_from_the_surface() -> None:

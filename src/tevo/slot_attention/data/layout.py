@@ -2,7 +2,7 @@
 
 "image" uint8 (h, w, c); "ids" uint8 (h, w), 0 the background and i the i-th object where it is seen; then the factors in
 the official order, (E,) or (E, k), entity 0 the background and empty places zero, as "visibility" tells. A batch has b in
-front. The official files hold E masks of 0 and 255 in place of "ids": :func:`masks` and :func:`ids_of` lead to and fro.
+front. The official files hold E masks of 0 and 255 in place of "ids": :func:`masks` and :func:`ids_of` lead there and back.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ shows fewer than 200 pixels of the 240 x 320 frame. Sizes 0.7 and 0.35, cubes di
 Camera. At (7.48113, -6.50764, 5.34367), moved by up to 0.5 along each axis, looking at the origin; a point at (r, u, z)
 to the right, above and in front of it appears at column 160 + 350 r / z, row 120 - 350 u / z.
 
-Picture. What a ray meets is decided in float64 (spheres, capped cylinders, boxes with rounded edges), so that "ids" and
+Picture. What a ray meets is decided in float64 (spheres, cylinders and boxes with rounded edges), so that "ids" and
 factors are the same on every machine; colours are not, in their last digit. Three lamps with Phong's highlights, shadows
 whose edges widen with the distance to what casts them (cast by spheres of like size), one mirror bounce on metal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,9 @@ CAMERA = np.array([7.48113, -6.50764, 5.34367])
 LAMPS = np.array([[6.44671, -2.90517, 4.2584], [-4.67112, -4.0136, 3.01122], [-1.1685, 2.64602, 5.81574]])
 LIGHT = np.array([[1.0, 0.93, 0.82], [0.76, 0.82, 1.0], [1.0, 1.0, 1.0]]) * np.array([[14.0], [5.0], [10.0]])
 AMBIENT, SKY, GROUND = 0.2, 0.14, 0.38
-ROUND = 0.1  # radius of a cube's edges, its half side being 1
+# radii of the edges of a cube of half side 1 and of a cylinder of radius 1: those whose masks overlap most with masks
+# rendered with the original assets
+CUBE_EDGE, CYLINDER_EDGE = 0.18, 0.06
 CHUNK = 16  # scenes cast at once
 # in the order of CODES
 PAINT = np.array(
@@ -302,36 +305,50 @@ def _cylinder(o: Tensor, d: Tensor) -> Tensor:
     # between the planes of the caps as well
     low, high = (-1 - oz) / dz, (1 - oz) / dz
     enter, leave = torch.maximum(enter, torch.minimum(low, high)), torch.minimum(leave, torch.maximum(low, high))
-    return torch.where((inside > 0) & (enter < leave), enter, torch.inf)
+    return _round(_rounded_cylinder, o, d, enter, torch.where(inside > 0, leave, -torch.inf))
 
 
 def _cube(o: Tensor, d: Tensor) -> Tensor:
     low, high = (-1 - o) / d, (1 - o) / d
     enter = torch.minimum(low, high).amax(-1)
     leave = torch.maximum(low, high).amin(-1)
+    return _round(_rounded_cube, o, d, enter, leave)
+
+
+def _round(gap: Callable[[Tensor], Tensor], o: Tensor, d: Tensor, enter: Tensor, leave: Tensor) -> Tensor:
+    """Where a ray that is in the sharp shape from ``enter`` to ``leave`` meets the rounded one."""
     t = enter
-    # from the sharp box to the rounded one, by steps of the distance to it: never past it, and never far
+    # steps of the distance to it: never past it, and never far
     for _ in range(24):
-        t = t + _rounded(o + t[:, None] * d)
-    gap = _rounded(o + t[:, None] * d)
-    return torch.where((enter < leave) & (t < leave) & (gap < 1e-4), t, torch.inf)
+        t = t + gap(o + t[:, None] * d)
+    return torch.where((enter < leave) & (t < leave) & (gap(o + t[:, None] * d) < 1e-4), t, torch.inf)
 
 
-def _rounded(p: Tensor) -> Tensor:
+def _rounded_cube(p: Tensor) -> Tensor:
     """Distance (p,) from points (p 3) to the cube of half side 1 with rounded edges; negative inside."""
-    q = p.abs() - (1 - ROUND)
+    q = p.abs() - (1 - CUBE_EDGE)
     out = q.clamp(min=0)
-    return _dot(out, out).sqrt() + q.amax(-1).clamp(max=0) - ROUND
+    return _dot(out, out).sqrt() + q.amax(-1).clamp(max=0) - CUBE_EDGE
+
+
+def _rounded_cylinder(p: Tensor) -> Tensor:
+    """Distance (p,) from points (p 3) to the cylinder of radius and half height 1 with rounded edges."""
+    x, y, z = p.unbind(-1)
+    r, h = (x * x + y * y).sqrt() - (1 - CYLINDER_EDGE), z.abs() - (1 - CYLINDER_EDGE)
+    out, up = r.clamp(min=0), h.clamp(min=0)
+    return (out * out + up * up).sqrt() + torch.maximum(r, h).clamp(max=0) - CYLINDER_EDGE
 
 
 def _normal(world: _World, scene: Tensor, slot: Tensor, point: Tensor) -> Tensor:
     """Outward unit normals (p 3) at points (p 3) of the objects' surfaces."""
     p = _local(world, scene, slot, point - world.centre[scene, slot]) / world.half[scene, slot, None]
     kind = world.kind[scene, slot][:, None]
-    side = torch.cat([p[:, :2], torch.zeros_like(p[:, 2:])], -1)
-    cap = torch.cat([torch.zeros_like(p[:, :2]), p[:, 2:]], -1)
-    tube = torch.where(p[:, 2:].abs() > 1 - 1e-6, cap, side)
-    box = (p.abs() - (1 - ROUND)).clamp(min=0) * p.sign()
+    # the way from the core that the edges are rounded about
+    radius = (p[:, :1] ** 2 + p[:, 1:2] ** 2).sqrt()
+    tube = torch.cat([p[:, :2] / radius.clamp(min=1e-9), p[:, 2:].sign()], -1) * (
+        torch.cat([radius, radius, p[:, 2:].abs()], -1) - (1 - CYLINDER_EDGE)
+    ).clamp(min=0)
+    box = (p.abs() - (1 - CUBE_EDGE)).clamp(min=0) * p.sign()
     n = _unit(torch.where(kind == SPHERE, p, torch.where(kind == CYLINDER, tube, box)))
     cos, sin = world.cos[scene, slot], world.sin[scene, slot]
     x, y, z = n.unbind(-1)
