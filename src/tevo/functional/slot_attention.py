@@ -193,7 +193,7 @@ def _piece(x: Tensor, mask: Tensor | None, rows: slice, tokens: slice, shared: L
 def _weights(q: Tensor, offset: Tensor, p: _Piece, slot_mask: Tensor | None, shared: Lean, passes: int = 1) -> Tensor:
     """The softmax (b passes, h, k, c) of stacked queries (b, passes h k, d)."""
     logits = torch.baddbmm(offset[..., None], q, p.xh.mT)  # b thk c
-    logits = logits.view(len(logits) * passes, shared.heads, -1, logits.shape[-1])
+    logits = logits.view(logits.shape[0] * passes, shared.heads, -1, logits.shape[-1])
     if passes > 1:
         slot_mask = None if slot_mask is None else slot_mask.repeat_interleave(passes, 0)
     return compete(logits, joint=shared.joint, slot_mask=slot_mask)

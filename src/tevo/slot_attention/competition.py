@@ -6,6 +6,7 @@ A strategy may register modules on its owner. Those whose weights for an input d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -232,7 +233,9 @@ class Sinkhorn:
     def weights(self, owner: nn.Module, q: Tensor, k: Tensor, slots: Tensor, scene: Scene) -> Tensor:
         """The plan (b, 1, k, n)."""
         beta = self._marginal(owner, "slot_marginals", slots, scene.slot_mask, slots, scene)
-        plan = self._plan(torch.cdist(q[:, 0], k[:, 0]), beta, scene)
+        # the form by a product of matrices, which torch takes for more than 25 keys, loses digits and fixes n in a graph
+        cost = torch.cdist(q[:, 0], k[:, 0], compute_mode="donot_use_mm_for_euclid_dist")
+        plan = self._plan(cost, beta, scene)
         if scene.mask is not None:
             plan = plan.masked_fill(~scene.mask[:, None], 0.0)
         if scene.slot_mask is not None:
@@ -256,7 +259,7 @@ class Sinkhorn:
     def _plan(self, cost: Tensor, beta: Tensor, scene: Scene) -> Tensor:
         """Cost (b, k, n), beta (b, k) give the plan (b, k, n)."""
         assert scene.marginal is not None
-        return sinkhorn(cost / self.temperature, scene.marginal, beta, self.rounds)[0]
+        return sinkhorn(cost / self.temperature, scene.marginal, beta, self.rounds, _start(beta, scene))[0]
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ class Mesh(Sinkhorn):
 
         cost <- cost + noise;  ``descents`` times: cost <- cost - rate g / |g|,  g = d H(plan(cost)) / d cost
 
-    at t = 1, with u and v kept from one plan to the next; g is a constant to the gradient.
+    at t = 1, with v kept from one plan to the next; g is a constant to the gradient.
 
     Args:
         descents: steps on the entropy.
@@ -284,39 +287,40 @@ class Mesh(Sinkhorn):
 
     def draw(self, inputs: Tensor, k: int) -> Tensor:
         """Standard normal (b, k, n) for ``inputs`` (b, n, d_in)."""
-        return torch.randn(len(inputs), k, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
+        return torch.randn(inputs.shape[0], k, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
 
     def _plan(self, cost: Tensor, beta: Tensor, scene: Scene) -> Tensor:
         assert scene.marginal is not None and scene.noise is not None
         alpha = scene.marginal
 
-        def entropy(cost: Tensor, potentials: Potentials) -> tuple[Tensor, Potentials]:
-            plan, potentials = sinkhorn(cost, alpha, beta, self.rounds, potentials)
-            return torch.special.entr(plan.clamp(1e-20, 1.0)).mean((1, 2)).sum(), potentials
+        def entropy(cost: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            plan, v = sinkhorn(cost, alpha, beta, self.rounds, v)
+            return torch.special.entr(plan.clamp(1e-20, 1.0)).mean((1, 2)).sum(), v
 
-        cost, potentials = cost + scene.noise, None
+        cost, v = cost + scene.noise, _start(beta, scene)
         for _ in range(self.descents):
-            slope, potentials = torch.func.grad(entropy, has_aux=True)(cost, potentials)
+            slope, v = torch.func.grad(entropy, has_aux=True)(cost, v)
             slope = F.normalize(slope.detach().flatten(1) + 1e-20, dim=1).view_as(cost)
             cost = cost - self.rate * slope
-        return sinkhorn(cost / self.temperature, alpha, beta, self.rounds, potentials)[0]
+        return sinkhorn(cost / self.temperature, alpha, beta, self.rounds, v)[0]
 
 
-Potentials = tuple[Tensor, Tensor] | None
+def sinkhorn(cost: Tensor, alpha: Tensor, beta: Tensor, rounds: int, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The plan (b, k, n) of ``cost`` (b, k, n) and the slots' potential v (b, k), from the one given.
 
-
-def sinkhorn(
-    cost: Tensor, alpha: Tensor, beta: Tensor, rounds: int, potentials: Potentials = None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The plan (b, k, n) of ``cost`` (b, k, n) and its potentials u (b, n), v (b, k).
-
-    ``alpha`` (b, n) and ``beta`` (b, k) are logarithms of the marginals, ``potentials`` those to start from (zeros).
+    ``alpha`` (b, n) and ``beta`` (b, k) are logarithms of the marginals.
     """
-    u, v = (torch.zeros_like(alpha), torch.zeros_like(beta)) if potentials is None else potentials
+    u = torch.zeros_like(alpha)
     for _ in range(rounds):
         u = alpha - (v[..., None] - cost).logsumexp(1)
         v = beta - (u[:, None] - cost).logsumexp(2)
-    return (u[:, None] + v[..., None] - cost).exp(), (u, v)
+    return (u[:, None] + v[..., None] - cost).exp(), v
+
+
+def _start(beta: Tensor, scene: Scene) -> Tensor:
+    """Zeros, but nothing for a masked slot."""
+    v = torch.zeros_like(beta)
+    return v if scene.slot_mask is None else v.masked_fill(~scene.slot_mask, math.log(SMALLEST_MARGINAL))
 
 
 def _positive(owner: str, name: str, value: float) -> None:

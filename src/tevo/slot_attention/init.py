@@ -122,5 +122,5 @@ class Background:
 
     def draw(self, owner: nn.Module, noise: Tensor) -> Tensor:
         """``noise`` (b, k, d); that of the first slot is not used."""
-        first = owner.get_parameter("slots_background").expand(len(noise), -1, -1)
+        first = owner.get_parameter("slots_background").expand(noise.shape[0], -1, -1)
         return torch.cat([first, self.others.draw(owner, noise[:, 1:])], 1)

@@ -352,12 +352,19 @@ class SlotAttention(nn.Module):
         _check_count("iterations", iterations)
         if num_slots is not None:
             _check_count("num_slots", num_slots)
+        # not by len(), which would fix the size in an exported graph
+        b = inputs.shape[0]
         if slots is None:
-            slots = self.initial_slots(len(inputs), num_slots)
-        elif slots.ndim != 3 or slots.shape[::2] != (len(inputs), self.dim) or num_slots not in (None, slots.shape[1]):
+            slots = self.initial_slots(b, num_slots)
+        elif (
+            slots.ndim != 3
+            or slots.shape[0] != b
+            or slots.shape[2] != self.dim
+            or (num_slots is not None and slots.shape[1] != num_slots)
+        ):
             wanted = "any number of" if num_slots is None else f"num_slots={num_slots}"
             raise ValueError(
-                f"SlotAttention got slots of shape {tuple(slots.shape)}, expected ({len(inputs)}, slots, {self.dim}) with "
+                f"SlotAttention got slots of shape {tuple(slots.shape)}, expected ({b}, slots, {self.dim}) with "
                 f"{wanted} slots"
             )
         check_mask("SlotAttention slot", slot_mask, *slots.shape[:2])
