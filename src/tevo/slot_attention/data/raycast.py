@@ -34,10 +34,11 @@ HEIGHT, WIDTH, FOCAL = 240, 320, 350.0
 CENTRE_CROP, WHOLE_FRAME = (29, 221, 64, 256), (0, HEIGHT, 0, WIDTH)  # rows and columns of the frame
 TRIES, LEAST_VISIBLE, APART, MARGIN, FIELD = 50, 200, 0.25, 0.4, 3.0
 CAMERA = np.array([7.48113, -6.50764, 5.34367])
-# key, fill, back: places and colours as a public remake of the scene states them, strengths chosen by eye
+# key, fill, back: places and colours as a public remake of the scene states them; strengths, and the reflectances below,
+# such that mean colours of ground, rubber and metal are near those of scenes rendered with the original assets
 LAMPS = np.array([[6.44671, -2.90517, 4.2584], [-4.67112, -4.0136, 3.01122], [-1.1685, 2.64602, 5.81574]])
 LIGHT = np.array([[1.0, 0.93, 0.82], [0.76, 0.82, 1.0], [1.0, 1.0, 1.0]]) * np.array([[14.0], [5.0], [10.0]])
-AMBIENT, SKY, GROUND = 0.2, 0.14, 0.38
+AMBIENT, SKY, GROUND, PIGMENT = 0.2, 0.05, 0.46, 0.6
 # radii of the edges of a cube of half side 1 and of a cylinder of radius 1: those whose masks overlap most with masks
 # rendered with the original assets
 CUBE_EDGE, CYLINDER_EDGE = 0.18, 0.06
@@ -373,7 +374,7 @@ def _picture(
     point = world.camera[scene] + torch.where(sky, 1.0, near.flatten())[:, None] * ray
     up = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device)
     normal = torch.where(flat[:, None], up, _normal(world, scene, slot, point))
-    paint = torch.from_numpy(PAINT[codes[..., 3]] / 255).to(device)  # b k 3
+    paint = torch.from_numpy(PIGMENT * PAINT[codes[..., 3]] / 255).to(device)  # b k 3
     metal = torch.from_numpy(codes[..., 1] == 1).to(device)
     lamp = torch.from_numpy(lamps).to(device)
     base = torch.where(flat[:, None], GROUND, paint[scene, slot])
@@ -396,7 +397,7 @@ def _picture(
         d, n = ray[mirror], normal[mirror]
         away = d - 2 * _dot(d, n)[:, None] * n
         seen = _reflected(world, lamp, paint, scene[mirror], point[mirror], away, owner.flatten()[mirror])
-        colour[mirror] = base[mirror] * (0.25 * diffuse[mirror] + 1.2 * seen) + gloss[mirror]
+        colour[mirror] = base[mirror] * (0.1 * diffuse[mirror] + 1.6 * seen) + gloss[mirror]
     colour = torch.where(sky[:, None], SKY, colour).clamp(0, 1)
     # from light to the values of a screen
     screen = torch.where(colour <= 0.0031308, 12.92 * colour, 1.055 * colour.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
@@ -416,7 +417,7 @@ def _light(
     diffuse, gloss = torch.full(point.shape, AMBIENT, device=px.device), torch.zeros(point.shape, device=px.device)
     back = 2 * (dx * nx + dy * ny + dz * nz)
     ax, ay, az = dx - back * nx, dy - back * ny, dz - back * nz
-    power, amount = torch.where(shiny, 60.0, 12.0), torch.where(shiny, 0.6, 0.05)
+    power, amount = torch.where(shiny, 40.0, 12.0), torch.where(shiny, 0.9, 0.05)
     for i in range(lamp.shape[1]):
         tx, ty, tz = (lamp[:, i, j, None].float() - v for j, v in enumerate((px, py, pz)))
         square = tx * tx + ty * ty + tz * tz
