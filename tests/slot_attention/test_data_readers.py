@@ -473,6 +473,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(
         ([OBJECTS[0], {**OBJECTS[1], "color": "pink"}], "object 2 is not as published"),
         ([{**OBJECTS[0], "coords_3d": [1, 2]}], "object 1 is not as published"),
         ([{**OBJECTS[0], "rotation": "much"}], "object 1 is not as published"),
+        ([{**OBJECTS[0], "rotation": 1e300}], "object 1 is not as published"),
     ],
 )
 def test_objects_that_are_not_as_published_are_refused(objects: object, message: str) -> None:
@@ -539,6 +540,15 @@ def test_a_damaged_npz_is_refused(content: bytes, tmp_path: Path) -> None:
         ArrayFile(tmp_path / "a.npz")
 
 
+def test_a_conversion_may_keep_some_scenes(tmp_path: Path) -> None:
+    scene = multi_dsprites_like(0, range(30))
+    np.savez(tmp_path / "a.npz", **scene)
+    data = convert((s for s in ArrayFile(tmp_path / "a.npz") if s["visibility"].sum() <= 4), tmp_path / "out")
+    kept = scene["visibility"].sum(1) <= 4
+    assert 5 < kept.sum() < 30
+    assert np.array_equal(data.arrays["ids"], scene["ids"][kept])
+
+
 def test_converted_scenes_equal_the_source_and_are_memory_mapped(tmp_path: Path) -> None:
     scene = multi_dsprites_like(0, range(11))
     layout = LAYOUTS["multi_dsprites_colored_on_grayscale"]
@@ -579,6 +589,8 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
             convert([one, other], tmp_path / "out")
     with pytest.raises(ValueError, match="no scenes"):
         convert([], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"the name '../image', expected letters, digits and underscores"):
+        convert([{"../image": one["image"]}], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     convert([one], tmp_path / "out")
     with pytest.raises(ValueError, match="exists; give a new folder"):

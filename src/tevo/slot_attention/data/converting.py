@@ -30,12 +30,13 @@ def convert(
     """Write all scenes of ``source`` to the folder ``out`` and open it.
 
     Args:
-        source: scenes of the same names, types and shapes: any reader, or a list.
+        source: scenes of the same names, types and shapes: any reader, a list, or a generator expression that keeps
+            some of them, ``(s for s in reader if s["visibility"].sum() <= 7)`` for CLEVR's scenes of at most 6 objects.
         out: a folder that does not exist yet.
         progress: called with (scenes done, scenes in all, if the source knows) after each.
 
     Raises:
-        ValueError: ``out`` exists, the source is empty, or a scene differs from the first.
+        ValueError: ``out`` exists, the source is empty, a scene differs from the first, or a name is no name of a file.
     """
     folder = Path(out)
     if folder.exists():
@@ -50,6 +51,8 @@ def convert(
         for scene in source:
             if not done:
                 for name, values in scene.items():
+                    if not name.replace("_", "").isalnum():
+                        raise ValueError(f"convert: the name {name!r}, expected letters, digits and underscores")
                     array = _plain(values)
                     files[name] = ((part / f"{name}.npy").open("wb"), array.dtype, array.shape)
                     _header(files[name], 0)

@@ -149,6 +149,7 @@ class ArrayFile:
             TypeError,
             ValueError,
             AttributeError,
+            MemoryError,
             zipfile.BadZipFile,
             zlib.error,
         ) as e:
@@ -195,14 +196,16 @@ def factors_of(objects: object, where: str = "scene") -> Scene:
     scene["visibility"][: 1 + len(objects)] = 1
     for i, entry in enumerate(objects, start=1):
         try:
-            place = entry["coords_3d"] if "coords_3d" in entry else entry["3d_coords"]
-            for axis, value in zip(("x", "y", "z"), place, strict=True):
-                scene[axis][i] = value
-            scene["pixel_coords"][i] = entry["pixel_coords"]
-            scene["rotation"][i] = entry["rotation"]
-            for name, classes in CODES.items():
-                scene[name][i] = 1 + classes.index(entry[name])
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            # a number beyond float32 is an error, not infinity
+            with np.errstate(over="raise"):
+                place = entry["coords_3d"] if "coords_3d" in entry else entry["3d_coords"]
+                for axis, value in zip(("x", "y", "z"), place, strict=True):
+                    scene[axis][i] = value
+                scene["pixel_coords"][i] = entry["pixel_coords"]
+                scene["rotation"][i] = entry["rotation"]
+                for name, classes in CODES.items():
+                    scene[name][i] = 1 + classes.index(entry[name])
+        except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
             raise ValueError(
                 f"{where}: object {i} is not as published ({type(error).__name__}: {error}); expected shape, size, "
                 f"material, color, rotation, 3d_coords and pixel_coords"
