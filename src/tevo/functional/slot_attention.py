@@ -38,6 +38,8 @@ __all__ = [
 
 # numbers of x in a chunk of the lean form: few enough for a core's cache, enough to outweigh the calls from Python
 CHUNK = 2**18
+# inputs of a whole batch below which the absorbed form's further calls from Python cost more than the products it saves
+FEW = 2**11
 
 
 def compete(

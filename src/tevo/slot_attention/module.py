@@ -12,7 +12,7 @@ Source: 2006.15055, section 2 and the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ class SlotAttention(nn.Module):
         competition: how slots compete for inputs.
         aggregation: how inputs become updates; by default what belongs to the competition.
         gradient: through which iterations it flows.
-        form: "plain" makes keys and values, "absorbed" never does; "auto" takes the one with fewer FLOPs.
+        form: "plain" makes keys and values, "absorbed" never does; "auto" takes the one with fewer FLOPs, few inputs apart.
         memory: "lean" saves nothing of the inputs' length and makes it again for first-order gradients; implies "absorbed".
     """
 
@@ -246,7 +246,8 @@ class SlotAttention(nn.Module):
             return self._lean_reader(x, k, self.gradient.tracked(iterations), scene)
         absorbed = self._absorbed
         if absorbed is None:
-            absorbed = self.competition.local and core.absorption_pays(
+            enough = self.competition.local and x.shape[0] * x.shape[1] >= core.FEW
+            absorbed = enough and core.absorption_pays(
                 tokens=x.shape[1],
                 width=self.input_dim,
                 inner=self.k.out_features,
@@ -296,14 +297,13 @@ class SlotAttention(nn.Module):
         wide = _wide(x)
         shared = core.Lean(self.heads, self.competition.joint, self.norm_eps, self.aggregation.eps)
         masks = {"mask": scene.mask, "slot_mask": scene.slot_mask}
-        messages: Iterator[Tensor] = iter(())
-        if x.requires_grad and torch.is_grad_enabled():
-            messages = core.messages(x, tracked, self.heads * k, shared, **masks)
+        trained = x.requires_grad and torch.is_grad_enabled()
+        messages = core.messages(x, tracked if trained else 0, self.heads * k, shared, **masks)
 
         def read(q: Tensor, normed: Tensor) -> Reading:
             gain, bias = self._affine(wide)
             qk, offset = core.absorb(q, self.k.weight.to(wide), gain, bias)
-            message = next(messages, None) if torch.is_grad_enabled() else None
+            message = next(messages) if trained and torch.is_grad_enabled() else None
             total, mass = core.lean_read(qk, offset, x, shared, message=message, **masks)
 
             def weights() -> Tensor:
