@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tevo import record, tap
-from tevo.taps import sealed
+from tevo.taps import sealed, watched
 
 
 def test_a_tap_returns_its_value_and_is_seen_only_while_recorded() -> None:
@@ -27,6 +27,13 @@ def test_records_nest_and_a_sealed_one_hides() -> None:
             tap("b", x)
         tap("c", x)
     assert set(outer) == {"a", "c"} and set(inner) == {"a"} and set(hidden) == {"b"}
+
+
+def test_watched_says_whether_a_record_is_open() -> None:
+    assert not watched()
+    with record():
+        assert watched()
+    assert not watched()
 
 
 def test_a_record_closes_when_its_body_fails() -> None:

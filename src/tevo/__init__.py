@@ -19,6 +19,7 @@ _PUBLIC = {
     "Encoder": "tevo.models.encoder",
     "ImageClassifier": "tevo.models.image",
     "SequenceClassifier": "tevo.models.encoder",
+    "SlotAttention": "tevo.slot_attention.module",
     "create": "tevo.catalogue",
     "list_systems": "tevo.catalogue",
     "load": "tevo.catalogue",
@@ -33,6 +34,7 @@ __all__ = [
     "Encoder",
     "ImageClassifier",
     "SequenceClassifier",
+    "SlotAttention",
     "__version__",
     "create",
     "list_systems",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from tevo.models.causal_lm import CausalLM
     from tevo.models.encoder import Encoder, SequenceClassifier
     from tevo.models.image import ImageClassifier
+    from tevo.slot_attention.module import SlotAttention
     from tevo.taps import record, tap
 
 

@@ -23,6 +23,11 @@ def tap(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def watched() -> bool:
+    """Whether anybody would see a tap: for values that are made only to be seen."""
+    return bool(_open)
+
+
 @contextmanager
 def record() -> Iterator[Seen]:
     """Collect what is tapped inside: name -> tensors in order of appearance."""

@@ -18,12 +18,22 @@ _PUBLIC = {
     "SharedGaussian": "init",
     "Sinkhorn": "competition",
     "SlotAttention": "module",
+    "SlotAutoencoder": "models",
+    "SlotSetPredictor": "models",
     "SlotSoftmax": "competition",
     "Sum": "aggregation",
     "Truncated": "gradient",
     "UnitGaussian": "init",
     "Unrolled": "gradient",
     "WeightedMean": "aggregation",
+    "ari": "metrics",
+    "average_precision": "metrics",
+    "average_precision_per_image": "metrics",
+    "fg_ari": "metrics",
+    "from_keras": "convert",
+    "hungarian_huber": "matching",
+    "mean_best_overlap": "metrics",
+    "mean_iou": "metrics",
 }
 
 __all__ = [
@@ -41,12 +51,22 @@ __all__ = [
     "SharedGaussian",
     "Sinkhorn",
     "SlotAttention",
+    "SlotAutoencoder",
+    "SlotSetPredictor",
     "SlotSoftmax",
     "Sum",
     "Truncated",
     "UnitGaussian",
     "Unrolled",
     "WeightedMean",
+    "ari",
+    "average_precision",
+    "average_precision_per_image",
+    "fg_ari",
+    "from_keras",
+    "hungarian_huber",
+    "mean_best_overlap",
+    "mean_iou",
 ]
 
 if TYPE_CHECKING:
@@ -59,8 +79,19 @@ if TYPE_CHECKING:
         WeightedMean,
     )
     from tevo.slot_attention.competition import GumbelSoftmax, JointSoftmax, Mesh, Sinkhorn, SlotSoftmax
+    from tevo.slot_attention.convert import from_keras
     from tevo.slot_attention.gradient import BiLevel, Implicit, Truncated, Unrolled
     from tevo.slot_attention.init import Background, LearnedQueries, SharedGaussian, UnitGaussian
+    from tevo.slot_attention.matching import hungarian_huber
+    from tevo.slot_attention.metrics import (
+        ari,
+        average_precision,
+        average_precision_per_image,
+        fg_ari,
+        mean_best_overlap,
+        mean_iou,
+    )
+    from tevo.slot_attention.models import SlotAutoencoder, SlotSetPredictor
     from tevo.slot_attention.module import SlotAttention
 
 

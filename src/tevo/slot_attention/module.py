@@ -211,7 +211,7 @@ class SlotAttention(nn.Module):
         def step(s: Tensor) -> Tensor:
             reading, s = self._step(s, read, count)
             last[:] = [reading]
-            if taps._open:
+            if taps.watched():
                 taps.tap("attention", reading.weights())
                 taps.tap("slots", s)
             return s
