@@ -89,7 +89,13 @@ def test_every_flag_shown_sets_its_field(field: Any) -> None:
         (["lm", "--task", "recal"], "did you mean 'recall'"),
         (["lm", "--task", "recall", "--data", "x"], "task 'recall' makes its own data and has no use for data"),
         (["lm", "--mixer", "softmx"], "softmax"),
-        (["ml"], "unknown program 'ml'; expected one of lm"),
+        (["ml"], "unknown program 'ml'; expected one of lm, slots"),
+        (["slots", "--task", "text"], "unknown option '--task'"),
+        (["slots", "--data", "x.txt"], "unknown option '--data'"),
+        (["slots", "--length", "7"], "unknown option '--length'"),
+        (["slots", "--preset", "lap"], "unknown preset 'lap'"),
+        (["slots", "--decoder-grid", "8"], "the decoder makes 8 x 8 pixels of scenes of 35 x 35"),
+        (["slots", "--most-objects", "5"], "most_objects is 5 for scenes=tetrominoes_like"),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(
@@ -180,3 +186,30 @@ def test_a_signal_saves_and_sets_the_exit_code(
     run = tmp_path / "run"
     assert train.main(["lm", "--data", str(text), *SMALL, "--run", str(run)]) == code
     assert checkpoint.steps(run) == [2]
+
+
+def test_slots_train_then_again_then_eval_and_say_the_same_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--steps", "3", "--batch", "4", "--examples", "6", "--dim", "8", "--channels", "6"]
+    command = ["slots", "--preset", "laptop", "--seed", "3", *small, "--run", str(tmp_path / "run")]
+    said = []
+    for _ in range(2):
+        assert train.main(command) == 0
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    assert eval.main([str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert said == [f"FG-ARI {100 * found['score']:.1f} %"] * 2
+    assert (found["metric"], found["split"], found["step"], found["rows"]) == ("fg_ari", "test", 3, 6)
+    assert found["baselines"]["one slot"] == 0.0
+    assert "length" not in found
+
+
+def test_a_dry_run_of_slots_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["slots", "--preset", "laptop", "--batch", "2", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{word} " in out for word in ("parameters", "FLOPs", "memory", "time"))
+    assert not (tmp_path / "runs").exists()

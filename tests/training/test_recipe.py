@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tevo.training.recipe import PRESETS, LanguageModelRecipe, Recipe, differences, read, resolve
+from tevo.training.recipe import PRESETS, LanguageModelRecipe, Recipe, SlotRecipe, differences, read, resolve
 
 
 def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
@@ -32,6 +32,15 @@ def test_defaults_lose_to_preset_to_file_to_flags(tmp_path: Path) -> None:
     assert found.length == PRESETS["lm"]["tiny"]["length"] != LanguageModelRecipe().length
     assert found.steps == 7 != PRESETS["lm"]["tiny"]["steps"]
     assert found.dim == 36
+
+
+@pytest.mark.parametrize("preset", PRESETS["slots"])
+def test_every_preset_of_slots_is_a_recipe_that_reads_back(tmp_path: Path, preset: str) -> None:
+    recipe = resolve(SlotRecipe, preset=preset)
+    file = written(tmp_path, recipe.to_json(), "recipe.json")
+    assert read(file) == recipe
+    with pytest.raises(ValueError, match="this program's recipes are of LanguageModelRecipe"):
+        resolve(LanguageModelRecipe, file=file)
 
 
 @pytest.mark.parametrize("preset", PRESETS["lm"])

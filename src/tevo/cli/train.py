@@ -6,15 +6,17 @@ import json
 import re
 import signal
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from tevo.cli._flags import describe, option, parse, split
-from tevo.training.recipe import PRESETS, RECIPES, LanguageModelRecipe, resolve
+from tevo.training.recipe import PRESETS, RECIPES, LanguageModelRecipe, Recipe, SlotRecipe, resolve
 
 HELP = "train a model; the same command again resumes"
 EXAMPLES = (
     "tevo train lm --mixer delta_net --steps 500",
-    "tevo train lm --preset tiny --data notes.txt --run runs/notes",
+    "tevo train slots --preset laptop --seed 1",
 )
 
 
@@ -22,7 +24,7 @@ EXAMPLES = (
 class Sources:
     """Where the recipe and the run are; everything else is the recipe's."""
 
-    preset: str | None = option(None, f"start from a preset: {', '.join(PRESETS['lm'])}")
+    preset: str | None = option(None, f"start from a preset; lm: {', '.join(PRESETS['lm'])}")
     recipe: str | None = option(None, "then from a .yaml or .json file; flags come last")
     run: str | None = option(None, "run folder; default: runs/<named by the recipe>")
     dry_run: bool = option(False, "show recipe, parameters, memory and time; train nothing")
@@ -30,62 +32,83 @@ class Sources:
 
 def main(argv: list[str]) -> int:
     """Run the verb. Returns the exit code: 130 after Ctrl-C, 0 after SIGTERM, both with the run saved."""
-    if not argv or argv[0] in ("-h", "--help") or "-h" in argv or "--help" in argv:
-        print(help_text())
+    if not argv or "-h" in argv or "--help" in argv:
+        print(help_text(argv[0] if argv and argv[0] in RECIPES else "lm"))
         return 0
     program, *flags = argv
     if program not in RECIPES:
         raise ValueError(f"unknown program {program!r}; expected one of {', '.join(RECIPES)}, as in `{EXAMPLES[0]}`")
     sources, rest = split(Sources, flags, verb="train")
-    start = resolve(
-        LanguageModelRecipe, preset=sources.preset, file=None if sources.recipe is None else Path(sources.recipe)
-    )
-    recipe = parse(LanguageModelRecipe, rest, default=start, verb="train")
-    if recipe.data:
+    cls = RECIPES[program]
+    start = resolve(cls, preset=sources.preset, file=None if sources.recipe is None else Path(sources.recipe))
+    recipe = parse(cls, rest, default=start, verb="train")
+    if isinstance(recipe, LanguageModelRecipe) and recipe.data:
         # so that the run can be evaluated and resumed from anywhere
         recipe = replace(recipe, data=str(Path(recipe.data).absolute()))
     folder = Path(sources.run) if sources.run is not None else Path("runs") / run_name(recipe)
     if sources.dry_run:
         return _dry_run(recipe, folder)
 
-    from tevo.training import lm
     from tevo.training.progress import Console
 
-    result = lm.run(recipe, folder=folder, watch=Console())
+    result = _program(recipe).run(recipe, folder=folder, watch=Console())
     if result.finished:
         print(f"next: tevo eval {folder}")
+        if isinstance(recipe, SlotRecipe):
+            _show_fg_ari(folder)
     return 130 if result.signal == signal.SIGINT else 0
 
 
-def help_text() -> str:
-    """Two examples, then a line for each flag."""
-    return "\n".join([*EXAMPLES, "", describe(Sources, LanguageModelRecipe)])
+def help_text(program: str = "lm") -> str:
+    """Two examples, then a line for each flag of a program."""
+    return "\n".join([*EXAMPLES, "", describe(Sources, RECIPES[program])])
 
 
-def run_name(recipe: LanguageModelRecipe) -> str:
+def run_name(recipe: Recipe) -> str:
     """A folder name that another recipe would not have."""
-    mixers = re.sub(r"[^\w.-]+", "_", "+".join(dict.fromkeys(recipe.mixer)))[:40].strip("_")
-    return f"{recipe.kind}-{recipe.task}-{mixers}-{recipe.hash[:8]}"
+    what = [recipe.kind]
+    if isinstance(recipe, LanguageModelRecipe):
+        what += [recipe.task, re.sub(r"[^\w.-]+", "_", "+".join(dict.fromkeys(recipe.mixer)))[:40].strip("_")]
+    elif isinstance(recipe, SlotRecipe):
+        what += [recipe.scenes]
+    return "-".join([*what, recipe.hash[:8]])
 
 
-def _dry_run(recipe: LanguageModelRecipe, folder: Path) -> int:
+def _program(recipe: Recipe) -> Any:
+    """The module that builds and trains what such recipes describe."""
+    return import_module({"lm": "tevo.training.lm", "slots": "tevo.slot_attention.training"}[recipe.kind])
+
+
+def _show_fg_ari(folder: Path) -> None:
+    from tevo.slot_attention.training import restore
+    from tevo.training.loop import evaluate
+
+    recipe, task, model, _ = restore(folder)
+    for name, value in {"chance": task.chance, **task.baselines}.items():
+        print(f"{name}, on valid: {100 * value:.1f} %")
+    score = evaluate(model, task, split="test", batch=recipe.batch)
+    print(f"FG-ARI {100 * score:.1f} %")
+
+
+def _dry_run(recipe: Recipe, folder: Path) -> int:
     from tempfile import TemporaryDirectory
 
     from tevo.bench import measure
-    from tevo.training import lm
     from tevo.training.progress import duration
 
-    task = lm.build_task(recipe)
-    model = lm.build_model(recipe, task)
+    program = _program(recipe)
+    task = program.build_task(recipe)
+    model = program.build_model(recipe, task)
     rows = recipe.batch // recipe.accumulate
     inputs = task.batch("train", recipe.seed, 0, rows)["inputs"]
     numbers = measure.parameters(model)
-    flops = measure.flops(model, inputs, backward=True)
-    kept = measure.saved_bytes(model, inputs)
+    measured = program.measured(model)
+    flops = measure.flops(measured, inputs, backward=True)
+    kept = measure.saved_bytes(measured, inputs)
     with TemporaryDirectory() as home:
         # the first step warms up, the others are timed
         trial = replace(recipe, steps=4, log_every=1, examples=1, tensorboard=False)
-        lm.run(trial, folder=Path(home))
+        program.run(trial, folder=Path(home))
         lines = (Path(home) / "metrics.jsonl").read_text().splitlines()
     at = [record["seconds"] for record in map(json.loads, lines) if "seconds" in record]
     seconds = (at[-1] - at[0]) / (len(at) - 1)
@@ -97,8 +120,6 @@ def _dry_run(recipe: LanguageModelRecipe, folder: Path) -> int:
     print(
         f"memory          {numbers * 16 / 2**20:,.1f} MiB weights, gradients and moments; {kept / 2**20:,.1f} MiB kept"
     )
-    print(
-        f"                for backward by a micro-batch of {rows} sequences, without checkpointing or mixed precision"
-    )
+    print(f"                for backward by a micro-batch of {rows} rows, without checkpointing or mixed precision")
     print(f"time            about {duration(seconds * recipe.steps)}, evaluations aside: {seconds * 1e3:.1f} ms a step")
     return 0

@@ -13,7 +13,7 @@ from tevo.training.loop import Result, restore_model, train
 from tevo.training.progress import Watch
 from tevo.training.recipe import LanguageModelRecipe, read
 
-__all__ = ["build_model", "build_task", "restore", "run"]
+__all__ = ["build_model", "build_task", "measured", "restore", "run"]
 
 
 def build_task(recipe: LanguageModelRecipe) -> Task:
@@ -46,6 +46,11 @@ def build_model(recipe: LanguageModelRecipe, task: Task) -> CausalLM:
         length=task.length,
         dropout=recipe.dropout,
     )
+
+
+def measured(model: CausalLM) -> CausalLM:
+    """What a dry run measures: a module from a batch's inputs to one tensor."""
+    return model
 
 
 def run(recipe: LanguageModelRecipe, *, folder: Path, watch: Watch | None = None) -> Result:

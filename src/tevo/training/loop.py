@@ -61,7 +61,8 @@ class Data(Protocol):
     def batches(self, split: str, size: int) -> Iterator[dict[str, Tensor]]:
         """All rows of a held-out split."""
 
-    def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    # what the model returns: one tensor, or a named tuple of them
+    def score(self, outputs: Any, targets: Tensor, /) -> tuple[Tensor, Tensor]:
         """The metric as (sum, count)."""
 
 
@@ -188,10 +189,12 @@ def evaluate(model: nn.Module, task: Data, *, split: str, batch: int) -> float:
     model.eval()
     try:
         with torch.random.fork_rng(devices):
+            # a model that draws in evaluation draws the same each time
+            torch.manual_seed(0)
             total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
             for rows in task.batches(split, batch):
                 # scores are float64, which not every device has
-                one, items = task.score(model(rows["inputs"].to(device)).cpu(), rows["targets"])
+                one, items = task.score(_on_cpu(model(rows["inputs"].to(device))), rows["targets"])
                 total, count = total + one, count + items
     finally:
         model.train(training)
@@ -610,6 +613,10 @@ def _checkpoint_activations(model: nn.Module) -> None:
 def _load(module: nn.Module, tensors: dict[str, Tensor], *, where: str) -> None:
     checkpoint.match(tensors, module.state_dict(), where=where)
     module.load_state_dict(tensors)
+
+
+def _on_cpu(outputs: Any) -> Any:
+    return outputs.cpu() if isinstance(outputs, Tensor) else type(outputs)(*map(_on_cpu, outputs))
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

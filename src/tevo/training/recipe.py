@@ -6,119 +6,47 @@ named by a hash. No torch here, so that help and dry checks are instant.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tevo.catalogue.rows import suggest
+from tevo.slot_attention.recipes import PRESETS as SLOT_PRESETS
+from tevo.slot_attention.recipes import SlotRecipe
+from tevo.training.base import Recipe, circumstances, option
 
-__all__ = ["PRESETS", "RECIPES", "LanguageModelRecipe", "Recipe", "differences", "read", "resolve"]
+__all__ = ["PRESETS", "RECIPES", "LanguageModelRecipe", "Recipe", "SlotRecipe", "differences", "read", "resolve"]
 
 R = TypeVar("R", bound="Recipe")
 
 _LARGEST_FILE = 1 << 20
 
 
-def _option(default: Any, help: str, *, circumstance: bool = False) -> Any:
-    # a circumstance may differ when a run is resumed: it is recorded, but is no part of what the run is
-    return field(default=default, metadata={"help": help, "circumstance": circumstance})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What every program's training shares. Field help is the ``help`` of its metadata."""
-
-    task: str = _option("text", "what is learned: text, recall, selective_copy, induction")
-    data: str = _option("", "text task: your own file or folder; empty: Python's standard library")
-    length: int = _option(256, "tokens per sequence")
-    steps: int = _option(1000, "optimiser steps")
-    batch: int = _option(16, "sequences per step, over all processes and micro-batches")
-    accumulate: int = _option(1, "micro-batches per step; less memory, the same result")
-    lr: float = _option(1e-3, "peak learning rate")
-    warmup: float = _option(0.05, "share of the steps in which the rate rises linearly")
-    final_lr: float = _option(0.1, "share of the peak at which the cosine ends")
-    weight_decay: float = _option(0.1, "AdamW decay; never of vectors and scalars")
-    betas: tuple[float, float] = _option((0.9, 0.95), "AdamW averages")
-    clip: float = _option(1.0, "greatest gradient norm")
-    precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "fp32, bf16 or fp16 (GPU only)")
-    checkpoint_activations: bool = _option(False, "recompute activations in the backward pass")
-    compile: bool = _option(False, "torch.compile the model")
-    seed: int = _option(0, "decides initialisation, data order and dropout")
-    threads: int = _option(0, "CPU threads; 0: torch's choice", circumstance=True)
-    save_every: int = _option(200, "steps between checkpoints")
-    eval_every: int = _option(200, "steps between evaluations on held-out data")
-    examples: int = _option(256, "held-out sequences per evaluation")
-    log_every: int = _option(10, "steps between lines of metrics.jsonl")
-    tensorboard: bool = _option(False, "also write TensorBoard events")
-
-    def __post_init__(self) -> None:
-        at_least = {
-            1: ("length", "steps", "batch", "accumulate", "save_every", "eval_every", "examples", "log_every"),
-            0: ("seed", "threads", "warmup", "final_lr", "weight_decay"),
-        }
-        for least, names in at_least.items():
-            for name in names:
-                if not getattr(self, name) >= least:
-                    raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number above 0")
-        for name in ("warmup", "final_lr"):
-            if not getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {self.betas}, expected two numbers from 0 to below 1")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision is {self.precision!r}, expected fp32, bf16 or fp16")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed is {self.seed}, expected less than 2**32")
-        if self.batch % self.accumulate:
-            raise ValueError(
-                f"batch={self.batch} cannot be cut into accumulate={self.accumulate} equal micro-batches; "
-                "choose a multiple"
-            )
-
-    @property
-    def kind(self) -> str:
-        """Name of the program: its key in ``RECIPES``."""
-        return next(kind for kind, cls in RECIPES.items() if cls is type(self))
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 (hex) of all that decides the result; circumstances such as threads are left out."""
-        values = {k: v for k, v in self._content().items() if k not in _circumstances(type(self))}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """The recipe as JSON; :func:`read` gives an equal recipe back."""
-        return json.dumps(self._content(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def _content(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelRecipe(Recipe):
     """A :class:`tevo.CausalLM` trained on next tokens; the vocabulary is the task's."""
 
-    mixer: tuple[str, ...] = _option(("softmax",), "token mixer, or one for each layer")
-    channel: str | None = _option(None, "channel mixer; none: the host's own, gelu")
-    position: str | None = _option(None, "position part")
-    residual: str | None = _option(None, "wiring of a block; none: the host's own, pre_norm")
-    norm: str | None = _option(None, "the wiring's norm; none: the wiring's own")
-    hidden_dim: int | None = _option(None, "width inside channel mixers; none: their own")
-    dim: int = _option(128, "width")
-    depth: int = _option(4, "layers")
-    heads: int = _option(4, "heads")
-    dropout: float = _option(0.0, "share of activations dropped in training")
+    kind: ClassVar[str] = "lm"
+
+    task: str = option("text", "what is learned: text, recall, selective_copy, induction")
+    data: str = option("", "text task: your own file or folder; empty: Python's standard library")
+    length: int = option(256, "tokens per sequence")
+    mixer: tuple[str, ...] = option(("softmax",), "token mixer, or one for each layer")
+    channel: str | None = option(None, "channel mixer; none: the host's own, gelu")
+    position: str | None = option(None, "position part")
+    residual: str | None = option(None, "wiring of a block; none: the host's own, pre_norm")
+    norm: str | None = option(None, "the wiring's norm; none: the wiring's own")
+    hidden_dim: int | None = option(None, "width inside channel mixers; none: their own")
+    dim: int = option(128, "width")
+    depth: int = option(4, "layers")
+    heads: int = option(4, "heads")
+    dropout: float = option(0.0, "share of activations dropped in training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dim", "depth", "heads"):
+        for name in ("length", "dim", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.dropout < 1:
@@ -129,13 +57,14 @@ class LanguageModelRecipe(Recipe):
             )
 
 
-RECIPES: dict[str, type[Recipe]] = {"lm": LanguageModelRecipe}
+RECIPES: dict[str, type[Recipe]] = {cls.kind: cls for cls in (LanguageModelRecipe, SlotRecipe)}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "lm": {
         "tiny": {"dim": 64, "depth": 2, "heads": 2, "length": 128, "steps": 200, "batch": 8, "save_every": 50},
         "small": {"dim": 256, "depth": 6, "heads": 8, "length": 512, "steps": 5000, "batch": 32, "lr": 6e-4},
-    }
+    },
+    "slots": SLOT_PRESETS,
 }
 
 
@@ -147,10 +76,10 @@ def resolve(cls: type[R], *, preset: str | None = None, file: Path | None = None
     """
     values: dict[str, Any] = {}
     if preset is not None:
-        kind = next(kind for kind, known in RECIPES.items() if known is cls)
-        if preset not in PRESETS[kind]:
-            raise ValueError(f"unknown preset {preset!r}{suggest(preset, PRESETS[kind])}")
-        values |= PRESETS[kind][preset]
+        known = PRESETS[cls.kind]
+        if preset not in known:
+            raise ValueError(f"unknown preset {preset!r}{suggest(preset, known)}; expected one of {', '.join(known)}")
+        values |= known[preset]
     if file is not None:
         values |= _read_values(cls, file)
     for name, value in flags.items():
@@ -172,14 +101,10 @@ def read(file: Path) -> Recipe:
 
 def differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
     """Fields in which two recipes differ, circumstances aside: name -> (value in a, value in b)."""
-    left, right = a._content(), b._content()
-    ignored = _circumstances(type(a))
+    left, right = a.content(), b.content()
+    ignored = circumstances(type(a))
     names = [n for n in {**left, **right} if n not in ignored]
     return {n: (left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)}
-
-
-def _circumstances(cls: type[Recipe]) -> set[str]:
-    return {f.name for f in fields(cls) if f.metadata["circumstance"]}
 
 
 def _read_values(cls: type[Recipe], file: Path) -> dict[str, Any]:
