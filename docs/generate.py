@@ -104,7 +104,7 @@ def benchmarks() -> str:
         for record in modes.values():
             machine = record["machine"]
             machines.add(
-                f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores, {machine['system']}, "
+                f"{machine['cpu']}, {machine['threads']} threads, {machine['system']}, "
                 f"Python {machine['python']}, torch {machine['torch']}"
             )
     lines += ["", "Machines: " + "; ".join(sorted(machines)) + "."]
