@@ -163,7 +163,15 @@ class Loss(NamedTuple):
 
 
 class Objective(nn.Module):
-    """What is minimised. It opens :func:`tevo.record` itself where it needs taps."""
+    """What is minimised. It opens :func:`tevo.record` itself where it needs taps, and owns its extra networks."""
+
+    def corrupt(self, tokens: Tensor, *, mask: Tensor | None = None, generator: torch.Generator) -> dict[str, Tensor]:
+        """Whole rows of ``tokens`` (b, n) as a batch: what is shown, what is asked, and every random draw.
+
+        Apart from ``forward``, so that a batch is a function of its seed, and leaks can be looked for. Every entry has
+        the batch as dimension 0.
+        """
+        raise NotImplementedError
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
         """``batch`` as the task makes it."""

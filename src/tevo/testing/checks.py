@@ -30,18 +30,19 @@ class Check:
     applies: Callable[[Subject], bool]
     run: Callable[[Subject], float]
     once: bool = False  # with the first example only, because it is slow
+    seat: str = "tokens"  # of what kind of seated module it is asked
 
 
 CHECKS: list[Check] = []
 
 
 def check(
-    asks: str, applies: Callable[[Subject], bool] = lambda s: True, *, once: bool = False
+    asks: str, applies: Callable[[Subject], bool] = lambda s: True, *, once: bool = False, seat: str = "tokens"
 ) -> Callable[[Callable[[Subject], float]], Callable[[Subject], float]]:
     """Add a function to ``CHECKS`` under its own name."""
 
     def add(run: Callable[[Subject], float]) -> Callable[[Subject], float]:
-        CHECKS.append(Check(run.__name__.removeprefix("check_"), asks, applies, run, once))
+        CHECKS.append(Check(run.__name__.removeprefix("check_"), asks, applies, run, once, seat))
         return run
 
     return add
@@ -615,4 +616,4 @@ def check_flops(s: Subject) -> float:
 
 def applicable(s: Subject, *, first: bool) -> list[Check]:
     """The checks that the subject's claims raise."""
-    return [c for c in CHECKS if c.applies(s) and (first or not c.once)]
+    return [c for c in CHECKS if c.seat == s.seat and c.applies(s) and (first or not c.once)]

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tevo.card import Card
+from tevo.catalogue.create import create
 from tevo.catalogue.rows import Row
-from tevo.contracts import Heads, Normaliser, Position, Residual, State, Stateful
+from tevo.contracts import Heads, Normaliser, Objective, Position, Residual, State, Stateful
 from tevo.mixers.softmax.softmax import SoftmaxAttention
 
 # heads and width of a head of the seats built around normalisers and positions
@@ -72,6 +73,24 @@ class SeatedResidual(nn.Module):
         return lambda y: F.softsign(layer(y))
 
 
+class SeatedObjective(nn.Module):
+    """An objective and the model that it trains, as one module from a batch to the loss."""
+
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
+        super().__init__()
+        self.objective, self.model = objective, model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """The total loss, ()."""
+        return self.objective(self.model, batch).total
+
+    def batch(self, b: int, n: int, *, seed: int = 1, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """A batch of ``b`` random rows of ``n`` tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, int(self.model.vocab), (b, n), generator=generator)  # type: ignore[arg-type]
+        return self.objective.corrupt(tokens, mask=mask, generator=generator)
+
+
 @dataclass(frozen=True)
 class Subject:
     """One class of a system with one example of constructor arguments."""
@@ -93,6 +112,11 @@ class Subject:
     def accepts(self, argument: str) -> bool:
         """Whether the constructor names an argument."""
         return argument in inspect.signature(self.cls).parameters
+
+    @property
+    def seat(self) -> str:
+        """What the built module maps: ``tokens`` to tokens, or what a role of another kind takes."""
+        return self.card.role if self.card.role == "objective" else "tokens"
 
     @property
     def dim(self) -> int:
@@ -140,6 +164,10 @@ class Subject:
         """
         torch.manual_seed(0)
         arguments = dict(self.example)
+        # an objective's example names its model too, and the length that both are built for
+        model = arguments.pop("model", None)
+        if model is not None and not self.accepts("length"):
+            arguments.pop("length", None)
         if causal is not None and self.accepts("causal"):
             arguments["causal"] = causal
         part = self.cls(**arguments)
@@ -153,6 +181,8 @@ class Subject:
             seated = SeatedPosition(part, dim=self.dim, heads=self.heads, causal=causal)
         elif isinstance(part, Residual):
             seated = SeatedResidual(part, self.dim, int(str(self.example.get("sublayers", 2))))
+        elif isinstance(part, Objective):
+            seated = SeatedObjective(part, create(str(model), facts={"length": self.example.get("length")}))
         seated = seated.to(dtype)
         if disturbed:
             disturb(seated)
@@ -182,6 +212,9 @@ class Subject:
     ) -> Tensor:
         """Run the seated part, whatever its role's signature."""
         role = self.card.role
+        if isinstance(module, SeatedObjective):
+            batch = module.batch(*x.shape[:2])
+            return module({name: value.to(x.device) for name, value in batch.items()})
         if role == "norm":
             return module(x)
         if role == "channel":
