@@ -81,7 +81,8 @@ def run_name(recipe: Recipe) -> str:
 
 def _program(recipe: Recipe) -> Any:
     """The module that builds and trains what such recipes describe."""
-    return import_module({"lm": "tevo.training.lm", "slots": "tevo.slot_attention.training"}[recipe.kind])
+    programs = {"lm": "tevo.training.lm", "slots": "tevo.slot_attention.training", "colt5": "tevo.colt5.training"}
+    return import_module(programs[recipe.kind])
 
 
 def _show_figures(folder: Path) -> None:

@@ -56,7 +56,10 @@ class Data(Protocol):
         """All that determines the rows, ready for JSON: a resumed run must find the same."""
 
     def batch(self, split: str, seed: int, index: int, size: int) -> dict[str, Tensor]:
-        """Rows of one batch, a pure function of the arguments."""
+        """Rows of one batch, a pure function of the arguments.
+
+        The model gets "inputs", and "shown" if there is any: what a decoder sees of the answer.
+        """
 
     def batches(self, split: str, size: int) -> Iterator[dict[str, Tensor]]:
         """All rows of a held-out split."""
@@ -193,8 +196,9 @@ def evaluate(model: nn.Module, task: Data, *, split: str, batch: int) -> float:
             torch.manual_seed(0)
             total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
             for rows in task.batches(split, batch):
+                given = [rows[name].to(device) for name in ("inputs", "shown") if name in rows]
                 # scores are float64, which not every device has
-                one, items = task.score(_on_cpu(model(rows["inputs"].to(device))), rows["targets"])
+                one, items = task.score(_on_cpu(model(*given)), rows["targets"])
                 total, count = total + one, count + items
     finally:
         model.train(training)
@@ -322,7 +326,8 @@ class _Run:
         recipe, accelerator = self.recipe, self.accelerator
         batch = self.task.batch("train", recipe.seed, self.step, recipe.batch)
         items = max(self._items(batch), 1.0)
-        rows = recipe.batch // (self.ranks * recipe.accumulate)
+        # a task may make more rows of a step than the recipe says, where inputs are short
+        rows = len(batch["inputs"]) // (self.ranks * recipe.accumulate)
         first = self.rank * rows * recipe.accumulate
         sums: dict[str, Tensor] = {}
         for micro in range(recipe.accumulate):

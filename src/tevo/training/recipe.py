@@ -13,11 +13,13 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tevo.catalogue.rows import suggest
+from tevo.colt5.recipes import PRESETS as COLT5_PRESETS
+from tevo.colt5.recipes import CoLT5Recipe
 from tevo.slot_attention.recipes import PRESETS as SLOT_PRESETS
 from tevo.slot_attention.recipes import SlotRecipe
 from tevo.training.base import Recipe, circumstances, option
 
-__all__ = ["PRESETS", "RECIPES", "LanguageModelRecipe", "Recipe", "SlotRecipe", "differences", "read", "resolve"]
+__all__ = ["PRESETS", "RECIPES", "CoLT5Recipe", "LanguageModelRecipe", "Recipe", "SlotRecipe", "differences", "read", "resolve"]
 
 R = TypeVar("R", bound="Recipe")
 
@@ -57,7 +59,7 @@ class LanguageModelRecipe(Recipe):
             )
 
 
-RECIPES: dict[str, type[Recipe]] = {cls.kind: cls for cls in (LanguageModelRecipe, SlotRecipe)}
+RECIPES: dict[str, type[Recipe]] = {cls.kind: cls for cls in (LanguageModelRecipe, SlotRecipe, CoLT5Recipe)}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "lm": {
@@ -65,6 +67,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "small": {"dim": 256, "depth": 6, "heads": 8, "length": 512, "steps": 5000, "batch": 32, "lr": 6e-4},
     },
     "slots": SLOT_PRESETS,
+    "colt5": COLT5_PRESETS,
 }
 
 

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tevo.colt5 import training
+from tevo.colt5.recipes import CoLT5Recipe
+from tevo.objectives.next_token import IGNORED
+from tevo.training.loop import evaluate
+from tevo.training.progress import Silent
+from tevo.training.recipe import resolve
+
+SMALL = resolve(CoLT5Recipe, preset="tiny", steps=6, save_every=3, eval_every=6, log_every=1, examples=7)
+BYTES = CoLT5Recipe(task="modules", lengths=(300,), dim=16, heavy_heads=1, light_dim=16, heavy_dim=16, examples=5)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert training.run(SMALL, folder=folder).finished
+    return folder
+
+
+def test_inputs_grow_and_held_out_ones_are_of_the_last_phase() -> None:
+    task = training.build_task(SMALL)
+    shapes = [task.batch("train", 0, step, 8)["inputs"].shape for step in range(6)]
+    assert shapes == [(16, 48)] * 4 + [(8, 96)] * 2
+    assert [len(rows["inputs"]) for rows in task.batches("valid", 4)] == [4, 3]
+    assert {rows["inputs"].shape[1] for rows in task.batches("test", 4)} == {96}
+
+
+def test_the_decoder_is_shown_what_stands_before_each_token() -> None:
+    rows = training.build_task(BYTES).batch("valid", 0, 0, 5)
+    targets, shown = rows["targets"], rows["shown"]
+    assert (targets == IGNORED).any()
+    assert (shown[:, 0] == 0).all()
+    kept = targets[:, :-1] != IGNORED
+    assert torch.equal(shown[:, 1:][kept], targets[:, :-1][kept])
+    assert (shown[:, 1:][~kept] == 0).all()
+
+
+@pytest.mark.parametrize("routing", ["learned", "static", "random", "none", "dense"])
+def test_every_trained_number_has_a_gradient_under_every_routing(routing: str) -> None:
+    recipe = replace(SMALL, routing=routing)
+    task = training.build_task(recipe)
+    torch.manual_seed(0)
+    model = training.build_model(recipe, task)
+    objective = training.Answers(recipe)
+    # in the last step the share is what it will be
+    objective.step.fill_(recipe.steps - 1)
+    loss = objective(model, task.batch("train", 0, recipe.steps - 1, 4))
+    loss.total.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+    assert set(loss.parts) == ({"exact_match", "sharpness"} if routing == "learned" else {"exact_match"})
+
+
+def test_no_heavy_branch_is_the_model_whose_heavy_outputs_are_zero() -> None:
+    task = training.build_task(SMALL)
+    torch.manual_seed(0)
+    learned = training.build_model(SMALL, task).eval()
+    torch.manual_seed(0)
+    none = training.build_model(replace(SMALL, routing="none"), task).eval()
+    of_all = {
+        re.sub(r"\.light(?=\.)", "", name): value
+        for name, value in learned.state_dict().items()
+        if ".heavy" not in name
+    }
+    none.load_state_dict({name: of_all[name] for name in none.state_dict()})
+    rows = task.batch("valid", 0, 0, 3)
+    assert not torch.allclose(learned(rows["inputs"], rows["shown"]), none(rows["inputs"], rows["shown"]), atol=1e-3)
+    with torch.no_grad():
+        for layer in learned.model.encoder.layers:
+            layer.attention.heavy.out.weight.zero_()
+            layer.feed_forward.heavy.out.weight.zero_()
+    torch.testing.assert_close(learned(rows["inputs"], rows["shown"]), none(rows["inputs"], rows["shown"]))
+
+
+def test_learned_and_static_routing_take_as_many_tokens_and_the_dense_model_all() -> None:
+    counted = {}
+    for routing in ("learned", "static", "dense"):
+        recipe = replace(SMALL, routing=routing)
+        task = training.build_task(recipe)
+        model = training.build_model(recipe, task).eval()
+        with training.record() as seen, torch.no_grad():
+            model(*(task.batch("valid", 0, 0, 2)[name] for name in ("inputs", "shown")))
+        counted[routing] = [one.shape[1] for one in seen["routed"]]
+    # a quarter of 96 as queries and in the feed-forward, half as keys
+    assert counted["learned"] == counted["static"] == [24, 48, 24] * 2
+    assert counted["dense"] == [96, 96, 96] * 2
+
+
+def test_evaluation_routes_the_last_share_whatever_was_trained_last() -> None:
+    task = training.build_task(SMALL)
+    model = training.build_model(SMALL, task)
+    model.route(1.0)
+    with training.record() as seen, torch.no_grad():
+        rows = task.batch("valid", 0, 0, 2)
+        model.train()(rows["inputs"], rows["shown"])
+        model.eval()(rows["inputs"], rows["shown"])
+    assert [one.shape[1] for one in seen["routed"]] == [96] * 6 + [24, 48, 24] * 2
+
+
+def test_greedy_decoding_matches_exactly_where_the_shown_answer_does(finished: Path) -> None:
+    _, task, model, step = training.open_run(finished)
+    assert step == 6
+    rows = task.batch("valid", 0, 0, 7)
+    with torch.no_grad():
+        # the answers of an untrained model are its own: make them the right ones
+        own = model.answer(rows["inputs"], most=2)
+        shown = torch.nn.functional.pad(own[:, :-1], (1, 0))
+        assert torch.equal(model(rows["inputs"], shown).argmax(-1), own)
+
+
+def test_padding_changes_no_answer() -> None:
+    task = training.build_task(BYTES)
+    torch.manual_seed(0)
+    model = training.build_model(BYTES, task).eval()
+    rows = task.batch("valid", 0, 0, 2)
+    inputs = torch.nn.functional.pad(rows["inputs"], (0, 13))
+    with torch.no_grad():
+        a, b = model(rows["inputs"], rows["shown"]), model(inputs, rows["shown"])
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    class Stop(Silent):
+        def advance(self, step: int, steps: int, numbers: object) -> None:
+            if step == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.run(SMALL, folder=tmp_path, watch=Stop())
+    assert training.run(SMALL, folder=tmp_path).finished
+    a, b = (training.restore(folder)[2].state_dict() for folder in (finished, tmp_path))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [one for _, one in training.curve(finished, "loss")] == [one for _, one in training.curve(tmp_path, "loss")]
+
+
+def test_a_packed_run_gives_the_same_score(finished: Path, tmp_path: Path) -> None:
+    training.pack(finished, tmp_path / "packed")
+    scores = []
+    for folder in (finished, tmp_path / "packed"):
+        _, task, model, _ = training.open_run(folder)
+        rows = task.batch("valid", 0, 0, 7)
+        with torch.no_grad():
+            scores.append(model(rows["inputs"], rows["shown"]))
+    assert torch.equal(*scores)
+    assert evaluate(model, task, split="valid", batch=4) == dict(training.curve(finished, "valid_exact_match"))[6]
+    (tmp_path / "packed" / "weights.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="is damaged"):
+        training.open_run(tmp_path / "packed")
+
+
+def test_the_schedules_reach_the_model(finished: Path) -> None:
+    _, _, model, _ = training.restore(finished)
+    softness = [module.eps for module in model.modules() if isinstance(module, training.SoftTopK)]
+    assert len(softness) == 6 and softness and {round(float(eps), 6) for eps in softness} == {0.3}
+    found = training.curve(finished, "sharpness")
+    assert found[0] == (1, 1.0) and all(0 < value <= 1 for _, value in found)
+
+
+def test_sharpness_is_one_for_weights_of_zero_and_one_and_their_mean_where_flat() -> None:
+    assert float(training.sharpness([torch.tensor([[1.0, 1.0, 0.0]])])) == 1
+    assert float(training.sharpness([torch.full((2, 5), 0.2), torch.ones(2, 5)])) == pytest.approx(0.6)
+
+
+def test_the_loss_weighs_slices_by_their_scored_targets() -> None:
+    objective = training.Answers(SMALL)
+    batch = {"inputs": torch.zeros(2, 3), "targets": torch.tensor([[4, 1], [1, IGNORED]])}
+    assert int(objective.items(batch)) == 3
+
+
+def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a run: it has no recipe\.json"):
+        training.restore(tmp_path)
+    (tmp_path / "recipe.json").write_text('{"kind": "lm"}')
+    with pytest.raises(ValueError, match="is a run of kind 'lm', expected one of colt5"):
+        training.restore(tmp_path)
+
+
+def test_a_model_without_heavy_branches_refuses_forced_tokens() -> None:
+    task = training.build_task(SMALL)
+    model = training.build_model(replace(SMALL, routing="none"), task)
+    inputs = task.batch("valid", 0, 0, 1)["inputs"]
+    with pytest.raises(ValueError, match="LightLayer got forced or forbidden tokens"):
+        model.model.encoder(inputs, forced=inputs > 3)
+
+
+def test_recomputed_layers_give_the_same_loss() -> None:
+    task = training.build_task(SMALL)
+    torch.manual_seed(0)
+    model = training.build_model(SMALL, task)
+    objective = training.Answers(SMALL)
+    objective.step.fill_(5)
+    batch, found = task.batch("train", 0, 5, 4), []
+    for on in (False, True):
+        model.checkpoint_activations = on
+        assert model.checkpoint_activations is on
+        model.zero_grad()
+        loss = objective(model, batch)
+        loss.total.backward()
+        found.append((loss.total.item(), loss.parts["sharpness"].item(), float(model.model.lm_head.weight.grad.norm())))
+    assert found[0] == pytest.approx(found[1]) and math.isfinite(found[0][0])
