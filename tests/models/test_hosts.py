@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tevo.catalogue.create import alternatives, load
-from tevo.catalogue.rows import list_systems
+from tevo.catalogue.rows import find, list_systems
 from tevo.contracts import TokenMixer
 from tevo.mixers.recurrent.lru import LRU
 from tevo.mixers.softmax.softmax import SoftmaxAttention
@@ -92,6 +92,34 @@ def test_parts_that_sit_inside_attention_stand_for_attention_with_them() -> None
         model = language_model(name)
         assert isinstance(model.encoder.blocks[0].mixer, SoftmaxAttention)
         assert model(ids(2, 7)).isfinite().all()
+
+
+def causality_leak(mixer: object) -> float:
+    """The largest gradient of an output of a language model's encoder with respect to later tokens, of the largest."""
+    block = Block(dim=12, heads=3, mixer=mixer, causal=True, length=7).double()
+    x = torch.randn(1, 7, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    y, worst, most = block(x), 0.0, 0.0
+    for t in range(7):
+        (gradient,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+        most = max(most, float(gradient.abs().max()))
+        worst = max(worst, float(gradient[:, t + 1 :].abs().max()) if t < 6 else 0.0)
+    return worst / most
+
+
+@pytest.mark.parametrize("part", [part for role in ("normaliser", "heads") for row in list_systems(role=role, baselines=True)
+                                  if row.card for part in row.card.exports])  # fmt: skip
+def test_a_part_inside_attention_is_causal_or_refused_where_that_is_needed(part: str) -> None:
+    if "causal" in find(part)[0].claims():
+        assert causality_leak(part) == 0
+    else:
+        assert sentence_of(lambda: language_model(part)).startswith(f"{part} has no causal form; ")
+
+
+def test_a_built_mixer_that_sees_the_future_is_refused_in_a_language_model() -> None:
+    leaky = SoftmaxAttention(dim=12, heads=3, causal=True, normaliser=load("sinkformer")())
+    assert sentence_of(lambda: Block(dim=12, mixer=leaky, causal=True)).startswith("Sinkhorn has no causal form; ")
+    said = sentence_of(lambda: Block(dim=12, mixer=SoftmaxAttention(dim=12, heads=3), causal=True))
+    assert said == "SoftmaxAttention was built with causal=False, but is used causally; build it with causal=True"
 
 
 # generation

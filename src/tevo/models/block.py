@@ -44,21 +44,19 @@ def build_mixer(spec: Spec | Part, facts: Facts, *, causal: bool, position: nn.M
                 f"the built mixer {type(spec).__name__} cannot be given the position {type(position).__name__} any more; "
                 "build the mixer with it, or give the mixer's class or name"
             )
+        if causal:
+            _check_built(spec)
         return spec
     part = resolve(spec)
     demands: dict[str, object] = {}
+    if part.role not in (None, "mixer", "normaliser", "heads"):
+        raise ValueError(f"{part.name} is a {part.role}, not a mixer; give it as {part.role}={part.name!r}")
+    _check_form(part, causal)
     if part.role in ("normaliser", "heads"):
         seated = create(part, facts=facts)
         part = Part(name=part.name, cls=resolve("softmax").cls, options={part.role: seated})
-    elif part.role not in (None, "mixer"):
-        raise ValueError(f"{part.name} is a {part.role}, not a mixer; give it as {part.role}={part.name!r}")
     if causal:
         demands["causal"] = True
-    elif part.card is not None and "bidirectional" not in part.card.claims:
-        raise ValueError(
-            f"{part.name} is causal only and cannot be used where all tokens see each other"
-            f"{alternatives('mixer', 'bidirectional')}"
-        )
     if orders:
         demands["position"] = position
     needs_grid = "grid" in part.parameters() and part.parameters()["grid"].default is inspect.Parameter.empty
@@ -68,6 +66,29 @@ def build_mixer(spec: Spec | Part, facts: Facts, *, causal: bool, position: nn.M
             f"{alternatives('mixer', 'causal' if causal else 'bidirectional', without='grid')}; or give grid=(rows, columns)"
         )
     return create(part, facts={**facts, "causal": causal}, demands=demands)
+
+
+def _check_form(part: Part, causal: bool) -> None:
+    """Refuse a part whose card does not claim the form; the seat of a normaliser has one, whatever is put into it."""
+    if part.card is None or ("causal" if causal else "bidirectional") in part.card.claims:
+        return
+    if causal:
+        raise ValueError(f"{part.name} has no causal form{alternatives(part.role, 'causal')}")
+    raise ValueError(
+        f"{part.name} is causal only and cannot be used where all tokens see each other"
+        f"{alternatives(part.role, 'bidirectional')}"
+    )
+
+
+def _check_built(spec: nn.Module) -> None:
+    """Refuse a built mixer that says of itself, or whose normaliser's card says, that it sees later tokens."""
+    if getattr(spec, "causal", None) is False:
+        raise ValueError(
+            f"{type(spec).__name__} was built with causal=False, but is used causally; build it with causal=True"
+        )
+    normaliser = getattr(spec, "normaliser", None)
+    if isinstance(normaliser, nn.Module):
+        _check_form(resolve(type(normaliser)), causal=True)
 
 
 def acts_on_scores(position: nn.Module) -> bool:
