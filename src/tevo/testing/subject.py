@@ -99,6 +99,13 @@ class Subject:
     part: str
     cls: Callable[..., nn.Module]
     example: Mapping[str, object]
+    lengths: tuple[int, ...] = ()  # in place of those that fit the part
+    rows: int | None = None  # the greatest batch
+
+    @property
+    def house(self) -> bool:
+        """Whether the rules of the house are asked of it."""
+        return True
 
     @property
     def name(self) -> str:
@@ -139,6 +146,8 @@ class Subject:
 
     def sizes(self) -> tuple[int, ...]:
         """Three odd lengths that the part can take."""
+        if self.lengths:
+            return self.lengths
         if self.card.sizes:
             return self.card.sizes
         grid, length = self.example.get("grid"), self.example.get("length")
@@ -199,6 +208,7 @@ class Subject:
     def inputs(self, batch: int, n: int, *, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
         """Signed normal tokens (batch, n, d)."""
         generator = torch.Generator().manual_seed(seed)
+        batch = batch if self.rows is None else min(batch, self.rows)
         return torch.randn(batch, n, self.dim, generator=generator, dtype=torch.float64).to(dtype)
 
     def call(
