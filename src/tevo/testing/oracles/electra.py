@@ -71,7 +71,7 @@ def reference(objective: nn.Module, model: nn.Module, batch: dict[str, Tensor]) 
                 word @ top + bias for word, bias in zip(model.embeddings.word.weight, objective.bias, strict=True)
             ]
             nats.append(sum(logit.exp() for logit in logits).log() - logits[x[i]])
-            noisy = [float(logit) + float(g) for logit, g in zip(logits, batch["noise"][b, j], strict=True)]
+            noisy = [float(logit.detach()) + float(g) for logit, g in zip(logits, batch["noise"][b, j], strict=True)]
             c[i] = noisy.index(max(noisy))
         for i, y in enumerate(_encode(model.body, _embed(model, c))):
             score = _linear(objective.verdict, _gelu(_linear(objective.hidden, y)))[0]
