@@ -33,8 +33,12 @@ State: TypeAlias = "Tensor | tuple[State, ...]"
 Sublayer: TypeAlias = Callable[[Tensor], Tensor]
 
 __all__ = [
+    "Adapter",
     "ChannelMixer",
     "Heads",
+    "Inference",
+    "Joinable",
+    "LanguageModel",
     "Loss",
     "Normaliser",
     "Objective",
@@ -70,6 +74,18 @@ class Stateful(Protocol):
         self, x: Tensor, state: State, *, mask: Tensor | None = None, at: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Advance by ``x`` (b, n, d): n = 1 decodes a token, larger n advances a segment. ``mask`` is that of ``x``."""
+        ...
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """What a part may offer beside :class:`Stateful`: states after several sequences, put side by side."""
+
+    def join(self, states: Sequence[State], skip: Sequence[int]) -> State:
+        """One state that holds all that ``states`` hold, in their order, less the first ``skip[i]`` tokens of each.
+
+        No sequence has seen another; what is stepped from here sees all of them, and stands after the longest.
+        """
         ...
 
 
@@ -181,3 +197,60 @@ class Objective(nn.Module):
         """How many items of a batch the loss is a mean of: the weight of a slice in a whole batch. Rows by default."""
         first = next(iter(batch.values()))
         return torch.tensor(float(len(first)), device=first.device)
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What an :class:`Inference` part asks of a model: :class:`~tevo.models.causal_lm.CausalLM` has it."""
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first token."""
+        ...
+
+    def step(
+        self, tokens: Tensor, state: State, *, mask: Tensor | None = None, at: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Advance by ``tokens`` (b, n) at positions ``at`` (#b, n); gives logits (b, n, V) and the next state."""
+        ...
+
+
+class Inference(nn.Module):
+    """How a trained language model is used: it reads contexts, then steps as a model does.
+
+    With one context, and what it adds turned off, it is the model after that context. It takes ``model``, a
+    :class:`LanguageModel`, which it never changes, and records no gradient.
+    """
+
+    def start(self, contexts: Sequence[Tensor]) -> State:
+        """Read ``contexts``, each of token ids (b, C_i), C_i >= 1; gives the state before what follows them."""
+        raise NotImplementedError
+
+    def check_contexts(self, contexts: Sequence[Tensor]) -> None:
+        """Refuse no context, an empty one, and batches of unequal size."""
+        if not contexts or any(c.ndim != 2 or c.shape[1] == 0 or len(c) != len(contexts[0]) for c in contexts):
+            raise ValueError(
+                f"{type(self).__name__} got contexts of shapes {[tuple(c.shape) for c in contexts]}; expected at least "
+                "one, each (b, C) with C >= 1 and the same b"
+            )
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Advance by ``tokens`` (b, n) that follow; gives scores (b, n, V) and the next state.
+
+        A softmax of the scores is the distribution of the next token: they are logits, or log-probabilities.
+        """
+        raise NotImplementedError
+
+
+class Adapter:
+    """Cheap adaptation of a trained model. What it trains lives in the model, so that it is saved with it."""
+
+    def attach(self, model: nn.Module) -> list[nn.Parameter]:
+        """Change ``model`` in place and freeze it; gives what is left to train: all that requires a gradient."""
+        raise NotImplementedError
+
+    def merge(self, model: nn.Module) -> None:
+        """Write what was learned into the model's own parameters: same outputs, and names and shapes as before.
+
+        Only where the card claims ``merges``.
+        """
+        raise ValueError(f"{type(self).__name__} changes how the model computes and cannot be merged into its weights")

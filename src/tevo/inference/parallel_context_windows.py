@@ -14,82 +14,82 @@ Source: 2212.10947, section 2, and its released code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from tevo.contracts import State
-from tevo.mixers.softmax.softmax import SoftmaxAttention
-from tevo.models.block import Block
-from tevo.models.causal_lm import CausalLM
+from tevo.card import Card
+from tevo.contracts import Inference, Joinable, LanguageModel, State
+
+CARD = Card(
+    id="parallel_context_windows",
+    role="inference",
+    summary="A trained model reads several texts side by side; what follows attends to all of them.",
+    equations=(
+        r"K = [K^{(1)}_{0:}; K^{(2)}_{1:}; \dots; K^{(B)}_{1:}],\quad C_1 \ge C_b",
+        r"p_t = \max_b C_b + t",
+        r"o_t = \sum_{j \le t} a_{tj} v_j + \sum_b \sum_{j < C_b} a_{tbj} v^{(b)}_j",
+    ),
+    exports={"parallel_context_windows": "ParallelContextWindows"},
+    cost="n^2",
+    claims=("exact_state",),
+    examples=({}, {"right": True}),
+    reduces_to=("the model alone, after one window",),
+    equals=(
+        "AI21Labs/Parallel-Context-Windows e6d31005f222, joining of caches and positions around the GPT-2 of "
+        "transformers 5.23.0; values in tests/golden/parallel_context_windows_a.npz",
+    ),
+    departures=(
+        "Decoding is the model's own: the released loop needs an old version of its library and one row at a time.",
+        "Windows of one row may differ in length, those of the rows of a batch may not.",
+    ),
+    notes="Every window should begin with the same token, since all but the longest window lose their first one.",
+)
 
 
-def merge(caches: Sequence[State]) -> State:
-    """Equation (2) for one layer of softmax attention: its states after each window, longest first."""
-    kept: list[list[Tensor]] = [[], [], [], []]
-    for i, cache in enumerate(caches):
-        assert isinstance(cache, tuple)
-        k, v, at, seen, count = cache
-        assert isinstance(count, Tensor)
-        filled = int(count[0])
-        for leaves, leaf, dim in zip(kept, (k, v, at, seen), (2, 2, 1, 1), strict=True):
-            assert isinstance(leaf, Tensor)
-            leaves.append(leaf.narrow(dim, min(i, 1), filled - min(i, 1)))
-    k, v, at, seen = (torch.cat(leaves, dim) for leaves, dim in zip(kept, (2, 2, 1, 1), strict=True))
-    return k, v, at, seen, torch.full_like(at[:, 0], at.shape[1])
+@runtime_checkable
+class Windowed(LanguageModel, Joinable, Protocol):
+    """A language model whose states after several texts can be joined."""
 
 
-class ParallelContextWindows:
+class ParallelContextWindows(Inference):
     """A language model that reads several windows.
 
     Args:
-        model: all of its mixers must be causal softmax attention that keeps all keys.
+        model: its mixers must keep keys and values that can be joined (softmax attention does).
         right: windows end at the same position instead of beginning there.
     """
 
-    def __init__(self, *, model: CausalLM, right: bool = False) -> None:
-        for block in model.encoder.blocks:
-            mixer = block.mixer if isinstance(block, Block) else block
-            if not isinstance(mixer, SoftmaxAttention) or mixer.memory is not None:
-                raise ValueError(
-                    f"ParallelContextWindows joins caches of keys and values, which {type(mixer).__name__} does not keep; "
-                    "use a model of softmax attention without memory="
-                )
-        if not len(model.encoder.blocks):
-            raise ValueError("ParallelContextWindows needs a model of blocks, got one with a stack of its own")
+    def __init__(self, *, model: Windowed, right: bool = False) -> None:
+        super().__init__()
+        if not isinstance(model, Windowed):
+            raise ValueError(
+                f"ParallelContextWindows joins the states of several windows, which {type(model).__name__} has no join "
+                "for; use a model of softmax attention"
+            )
+        # states that cannot be joined are refused here and not after the windows were read
+        model.join([model.init_state(1)], [0])
         self.model, self.right = model, right
 
     @torch.no_grad()
-    def start(self, windows: Sequence[Tensor]) -> State:
-        """Read the windows.
-
-        Args:
-            windows: token ids (b, C_b), each window beginning with the same first token.
-
-        Returns:
-            The model's own state, for :meth:`step` or ``model.step``.
+    def start(self, contexts: Sequence[Tensor]) -> State:
+        """Read the windows, token ids (b, C_i), each beginning with the same first token; gives the model's own state.
 
         Raises:
             ValueError: no window, an empty one, or batches of unequal size.
         """
-        if not windows or any(w.ndim != 2 or w.shape[1] == 0 or len(w) != len(windows[0]) for w in windows):
-            raise ValueError(
-                f"start got windows of shapes {[tuple(w.shape) for w in windows]}; expected at least one, each (b, C) with "
-                "C >= 1 and the same b"
-            )
-        longest = max(w.shape[1] for w in windows)
-        order = sorted(windows, key=lambda w: -w.shape[1])
-        states = []
-        for tokens in order:
-            at = torch.arange(tokens.shape[1], device=tokens.device)[None] + (
-                longest - tokens.shape[1] if self.right else 0
-            )
-            x = self.model.embedding(tokens)
-            _, (_, layers) = self.model.encoder.step(x, self.model.init_state(len(tokens)), at=at)
-            states.append(layers)
-        after = tuple((merge([mixer for mixer, _ in layer]), layer[0][1]) for layer in zip(*states, strict=True))
-        return torch.full((len(order[0]),), longest, device=order[0].device), after
+        self.check_contexts(contexts)
+        # of windows of equal length the first comes first
+        windows = sorted(contexts, key=lambda window: -window.shape[1])
+        longest, states = windows[0].shape[1], []
+        for tokens in windows:
+            at = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            at = at + longest - tokens.shape[1] if self.right else at
+            states.append(self.model.step(tokens, self.model.init_state(len(tokens)), at=at)[1])
+        return self.model.join(states, [0, *(1 for _ in windows[1:])])  # (eq. 2)
 
+    @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """``tokens`` (b, n) that follow give logits (b, n, V) and the next state."""
         return self.model.step(tokens, state)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tevo.catalogue.create import Part, Spec, alternatives, create, resolve
-from tevo.contracts import Position, Residual, State, Stateful
+from tevo.contracts import Joinable, Position, Residual, State, Stateful
 from tevo.taps import Seen, sealed, tap
 
 Facts = Mapping[str, object]
@@ -152,7 +153,7 @@ class Block(nn.Module):
             return self._drop(self.mixer(y, mask=mask, at=at))
 
         def transform(y: Tensor) -> Tensor:
-            return self._drop(self.channel(y, mask=mask))
+            return self._drop(self.channel(tap("channel_input", y), mask=mask))
 
         return self.residual(x, (mix, transform))
 
@@ -187,12 +188,24 @@ class Block(nn.Module):
 
         def transform(y: Tensor) -> Tensor:
             nonlocal channel_state
+            y = tap("channel_input", y)
             if not isinstance(self.channel, Stateful):
                 return self.channel(y, mask=mask)
             y, channel_state = self.channel.step(y, channel_state, mask=mask)
             return y
 
         return self.residual(x, (mix, transform)), (mixer_state, channel_state)
+
+    def join(self, states: Sequence[State], skip: Sequence[int]) -> State:
+        """States after several sequences side by side, less the first ``skip[i]`` tokens of each."""
+        mixers, channels = zip(*cast("Sequence[tuple[State, State]]", states), strict=True)
+        if not isinstance(self.mixer, Joinable) or any(c != () for c in channels):
+            owner = self.channel if isinstance(self.mixer, Joinable) else self.mixer
+            raise ValueError(
+                f"{type(owner).__name__} keeps a state that cannot be joined with others; use softmax attention without "
+                "memory= and a channel mixer without a state"
+            )
+        return self.mixer.join(mixers, skip), ()
 
 
 def run_block(block: nn.Module, x: Tensor, *, mask: Tensor | None, at: Tensor | None, recompute: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -93,11 +95,17 @@ class CausalLM(nn.Module):
         """The state before the first token."""
         return self.encoder.init_state(batch)
 
-    def step(self, tokens: Tensor, state: State, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        """Advance by ``tokens`` (b, n); gives logits (b, n, V) and the next state."""
+    def step(
+        self, tokens: Tensor, state: State, *, mask: Tensor | None = None, at: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Advance by ``tokens`` (b, n) at positions ``at`` (#b, n); gives logits (b, n, V) and the next state."""
         check_tokens("CausalLM", tokens, self.vocab)
-        y, state = self.encoder.step(self.embedding(tokens), state, mask=mask)
+        y, state = self.encoder.step(self.embedding(tokens), state, mask=mask, at=at)
         return self.head(y), state
+
+    def join(self, states: Sequence[State], skip: Sequence[int]) -> State:
+        """States after several texts side by side, less the first ``skip[i]`` tokens of each."""
+        return self.encoder.join(states, skip)
 
     @torch.no_grad()
     def generate(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tevo.catalogue.create import Spec, resolve
-from tevo.contracts import Position, Stack, State, Stateful
+from tevo.contracts import Joinable, Position, Stack, State, Stateful
 from tevo.functional.masks import blank, check_mask, positions_of
 from tevo.models.block import Block, acts_on_scores, build, run_block
 
@@ -210,6 +210,21 @@ class Encoder(nn.Module):
             after.append(own)
         count = count + (x.shape[1] if mask is None else mask.sum(1))
         return x, (count, tuple(after))
+
+    def join(self, states: Sequence[State], skip: Sequence[int]) -> State:
+        """States after several sequences side by side, less the first ``skip[i]`` tokens of each.
+
+        Raises:
+            ValueError: a part whose states cannot be joined.
+        """
+        parts = [self.stack] if self.stack is not None else list(self.blocks)
+        counts, layers = zip(*cast("Sequence[tuple[Tensor, tuple[State, ...]]]", states), strict=True)
+        joined = []
+        for part, own in zip(parts, zip(*layers, strict=True), strict=True):
+            if not isinstance(part, Joinable):
+                raise ValueError(f"{type(part).__name__} keeps a state that cannot be joined with others")
+            joined.append(part.join(own, skip))
+        return torch.stack(counts).amax(0), tuple(joined)
 
 
 class SequenceClassifier(nn.Module):

@@ -7,12 +7,19 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tevo.bench.measure import fit_exponent, flops
-from tevo.testing.subject import Subject
+from tevo.contracts import Inference
+from tevo.models.causal_lm import CausalLM
+from tevo.testing.subject import VOCAB, Subject, token_ids
 
 # lengths at which the declared growth must show; long, so that the terms linear in n have faded
 LENGTHS = (4096, 8192, 16384, 32768)
+
+# lengths of contexts that a model is run on
+READ = (256, 512, 1024, 2048)
 
 # declared growth -> least and greatest fitted exponent; n log n grows like n^1.1 over these lengths
 EXPONENTS = {"n": (0.95, 1.05), "n log n": (0.95, 1.25), "n sqrt n": (1.45, 1.55), "n^2": (1.9, 2.05)}
@@ -49,12 +56,28 @@ def count(subject: Subject, n: int) -> int:
     return int(flops(module, torch.empty(1, n, subject.dim)))
 
 
+def count_reading(subject: Subject, n: int) -> int:
+    """Counted FLOPs of an inference part that reads one context of n tokens with a small model.
+
+    The model is run, because how far a state is filled is data.
+    """
+    model = CausalLM(vocab=VOCAB, dim=4, depth=1, heads=1, position="rope").eval()
+    part = subject.cls(model=model, **subject.example)
+    assert isinstance(part, Inference)
+    # of the fused kernels of a CPU nothing is counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        part.start([token_ids(1, n)])
+    return int(counter.get_total_flops())
+
+
 def growth(subject: Subject) -> dict[str, object]:
     """The fitted exponent of counted FLOPs; ``exponent`` is None where nothing is counted."""
-    counts = [count(subject, n) for n in LENGTHS]
-    exponent = fit_exponent(LENGTHS, counts, octaves=3.0)
+    reads = subject.seat == "inference"
+    lengths = READ if reads else LENGTHS
+    counts = [(count_reading if reads else count)(subject, n) for n in lengths]
+    exponent = fit_exponent(lengths, counts, octaves=3.0)
     return {
-        "lengths": list(LENGTHS),
+        "lengths": list(lengths),
         "flops": counts,
         "exponent": None if exponent is None else round(exponent, 3),
         "declared": subject.card.cost,

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from tevo.card import Card
 from tevo.catalogue.create import create
 from tevo.catalogue.rows import Row
-from tevo.contracts import Heads, Normaliser, Objective, Position, Residual, State, Stateful
+from tevo.contracts import Heads, Inference, Normaliser, Objective, Position, Residual, State, Stateful
+from tevo.functional.masks import positions_of
 from tevo.mixers.softmax.softmax import SoftmaxAttention
+from tevo.models.causal_lm import CausalLM
 
 # heads and width of a head of the seats built around normalisers and positions
 SEAT_HEADS, SEAT_WIDTH = 3, 4
+# words of the models built around inference parts
+VOCAB = 11
 
 
 class SeatedPosition(nn.Module):
@@ -46,10 +50,10 @@ class SeatedPosition(nn.Module):
         assert isinstance(state, tuple)
         count, inner = state
         assert isinstance(count, Tensor)
-        if at is None:
-            at = torch.arange(x.shape[1], device=x.device)[None] + count[:, None]
-        y, inner = self.mixer.step(self.position.embed(x, at), inner, mask=mask, at=at)
-        return y, (count + x.shape[1], inner)
+        places = positions_of(mask, x.shape[1], count, device=x.device) if at is None else at
+        # not those places: how the mixer counts is part of what is checked
+        y, inner = self.mixer.step(self.position.embed(x, places), inner, mask=mask, at=at)
+        return y, (count + (x.shape[1] if mask is None else mask.sum(1)), inner)
 
 
 class SeatedResidual(nn.Module):
@@ -123,7 +127,7 @@ class Subject:
     @property
     def seat(self) -> str:
         """What the built module maps: ``tokens`` to tokens, or what a role of another kind takes."""
-        return self.card.role if self.card.role == "objective" else "tokens"
+        return self.card.role if self.card.role in ("objective", "inference") else "tokens"
 
     @property
     def dim(self) -> int:
@@ -172,6 +176,8 @@ class Subject:
             disturbed: move every parameter by a seeded draw, so that no zero or unit initial value hides an error.
         """
         torch.manual_seed(0)
+        if self.card.role == "inference":
+            return self._reader(dtype, disturbed)
         arguments = dict(self.example)
         # an objective's example names its model too, and the length that both are built for
         model = arguments.pop("model", None)
@@ -196,6 +202,20 @@ class Subject:
         if disturbed:
             disturb(seated)
         return seated.eval()
+
+    def _reader(self, dtype: torch.dtype, disturbed: bool) -> nn.Module:
+        """The way to use a language model, around a small one; what it keeps texts in holds two."""
+        model = CausalLM(vocab=VOCAB, dim=12, depth=2, heads=3, position="rope").to(dtype)
+        if disturbed:
+            disturb(model)
+        part = self.cls(model=model, **self.example).eval()
+        remember = getattr(part, "remember", None)
+        if isinstance(part, Inference) and callable(remember):
+            texts = token_ids(2, 9, seed=5)
+            # two entries of equal key and unequal value would leave a choice between them
+            texts[:, 0] = torch.tensor([2, 3])
+            remember(texts)
+        return part
 
     def part_of(self, seated: nn.Module) -> nn.Module:
         """The part inside its seat."""
@@ -232,6 +252,13 @@ class Subject:
         if role in ("block", "stack"):
             return module(x, mask=mask, at=at)
         return module(x, context, mask=mask, at=at)
+
+
+def token_ids(batch: int, n: int, *, seed: int = 1) -> Tensor:
+    """Random token ids (batch, n), each row beginning with word 1."""
+    ids = torch.randint(VOCAB, (batch, n), generator=torch.Generator().manual_seed(seed))
+    ids[:, :1] = 1
+    return ids
 
 
 def disturb(module: nn.Module) -> None:

@@ -12,6 +12,8 @@ Source: 1706.03762, section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -213,6 +215,24 @@ class SoftmaxAttention(TokenMixer):
         seen, real = append(seen, new, past, dim=1)
         o = self._attend(q, keys, values, at, k_at, mask=real, attend=None, causal=True, turn_keys=not cache_turned)
         return self.heads.merge(o), (k_cache, v_cache, at_cache, seen, count + n)
+
+    def join(self, states: Sequence[State], skip: Sequence[int]) -> State:
+        """Caches side by side: keys and values of all, at their own positions, less the first ``skip[i]`` of each.
+
+        Raises:
+            ValueError: a segment memory, or states of cross-attention.
+        """
+        kept: list[list[Tensor]] = [[], [], [], []]
+        for state, less in zip(states, skip, strict=True):
+            assert isinstance(state, tuple)
+            if self.memory is not None or len(state) != 5:
+                raise ValueError("SoftmaxAttention joins caches of all keys and values only; build it without memory=")
+            *caches, count = (_tensor(leaf) for leaf in state)
+            filled = int(count[0]) if len(count) else 0
+            for leaves, cache, dim in zip(kept, caches, (2, 2, 1, 1), strict=True):
+                leaves.append(cache.narrow(dim, min(less, filled), max(filled - less, 0)))
+        k, v, at, seen = (torch.cat(leaves, dim) for leaves, dim in zip(kept, (2, 2, 1, 1), strict=True))
+        return k, v, at, seen, torch.full_like(at[:, :1].sum(1), at.shape[1])
 
     def _step_cross(self, x: Tensor, state: tuple[State, ...], at: Tensor | None) -> Tensor:
         k, v, k_at, seen = (_tensor(leaf) for leaf in state)

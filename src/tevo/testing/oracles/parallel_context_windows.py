@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# constructor arguments at which one context gives the model alone
+PLAIN: dict[str, object] = {}
 
-def reference(
-    run: Callable[[Tensor, Tensor, Tensor], Tensor], windows: Sequence[Tensor], task: Tensor, right: bool
-) -> Tensor:
-    """``run(tokens, positions, attend)`` over all windows and the task; gives its outputs at the task's tokens.
 
-    Args:
-        run: the model, with ``attend`` (n, n) bool in place of its causal mask.
-        windows: token ids (C_b,).
-        task: token ids (n,).
-        right: windows end at the same position.
-    """
+def reference(part: nn.Module, contexts: Sequence[Tensor], task: Tensor) -> Tensor:
+    """Next-token probabilities (b, n, V) at ``task`` (b, n) after ``contexts`` (b, C_i)."""
+    rows = [_row(part.model, [c[b] for c in contexts], task[b], part.right) for b in range(len(task))]
+    return torch.stack(rows).softmax(-1)
+
+
+def _row(model: nn.Module, windows: Sequence[Tensor], task: Tensor, right: bool) -> Tensor:
+    """Logits (n, V) of one row: all windows and the task in one pass."""
     longest = max(len(window) for window in windows)
     tokens, places, owner = [], [], []
     # of windows of equal length the first comes first
@@ -42,7 +42,21 @@ def reference(
                 attend[i, j] = s <= t
             elif own == -1:
                 attend[i, j] = s > 0 or other == 0
-    return run(torch.tensor([tokens]), torch.tensor([places]), attend[None])[:, -len(task) :]
+    x, at = model.embedding(torch.tensor([tokens])), torch.tensor([places])
+    if model.encoder.position is not None:
+        x = model.encoder.position.embed(x, at)
+    for block in model.encoder.blocks:
+        x = _block(block, x, at, attend[None])
+    return model.head(x)[0, n - len(task) :]
+
+
+def _block(block: nn.Module, x: Tensor, at: Tensor, attend: Tensor) -> Tensor:
+    """A pre-norm block whose attention sees what ``attend`` says."""
+    causal, block.mixer.causal = block.mixer.causal, False
+    x = x + block.mixer(block.residual.norms[0](x), at=at, attend=attend)
+    block.mixer.causal = causal
+    x = x + block.channel(block.residual.norms[1](x))
+    return x if block.residual.final is None else block.residual.final(x)
 
 
 class TanhGELU(nn.Module):
