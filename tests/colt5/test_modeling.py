@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import math
 import runpy
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("transformers")
 
@@ -164,6 +167,20 @@ def test_generation_with_and_without_a_cache_is_the_same(options: dict[str, obje
     assert found[0].shape == (2, 8)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_generation_with_a_cache_of_fixed_size_is_the_same(options: dict[str, object]) -> None:
+    # what of the cache is not filled yet is masked by generation itself, in four dimensions
+    model, given = _model(), {"attention_mask": _padded(), "max_new_tokens": 7, **options}
+    fixed = model.generate(_ids(), cache_implementation="static", disable_compile=True, **given)
+    assert torch.equal(fixed, model.generate(_ids(), **given))
+
+
+def test_generation_with_a_draft_is_the_same() -> None:
+    model, draft, ids = _model(), _model(dropout=0.5), _ids(1)
+    found = model.generate(ids, assistant_model=draft, max_new_tokens=7, do_sample=False)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=7, do_sample=False))
+
+
 def test_generated_tokens_are_the_likeliest_ones() -> None:
     model, ids = _model(), _ids(1)
     tokens = torch.zeros(1, 1, dtype=torch.long)
@@ -196,11 +213,12 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert without == []
 
 
-def test_recomputed_layers_have_the_same_gradients_and_are_seen_once() -> None:
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers_have_the_same_gradients_and_are_seen_once(reentrant: bool) -> None:
     model, grads, seen = _model().train(), [], []
     for recompute in (False, True):
         if recompute:
-            model._set_gradient_checkpointing(True, _checkpoint)
+            model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=reentrant))
         model.zero_grad()
         with record() as taps:
             model(_ids(), labels=_ids(n=6, seed=2)).loss.backward()
@@ -210,10 +228,6 @@ def test_recomputed_layers_have_the_same_gradients_and_are_seen_once() -> None:
     assert seen[0] == seen[1]
     # three routers in each of two layers
     assert seen[0]["routed"] == 6
-
-
-def _checkpoint(layer: object, *inputs: object) -> object:
-    return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
 
 
 def test_a_saved_model_is_read_back_by_every_class(tmp_path: Path) -> None:
@@ -372,6 +386,13 @@ def test_the_example_generates_the_same_tokens_after_saving(tmp_path: Path) -> N
             r"attention_mask of shape \(2, 5\), expected \(2, 23\)",
         ),
         ({"input_ids": _ids(), "labels": _ids(n=2), "output_attentions": True}, "output_attentions=True"),
+        ({"input_ids": _ids()[0], "labels": _ids(n=2)}, r"input_ids of shape \(23,\), expected input_ids \(b, n\)"),
+        ({"inputs_embeds": torch.zeros(2, 5, 7), "labels": _ids(n=2)}, r"expected .* inputs_embeds \(b, n, 12\)"),
+        ({"input_ids": _ids(), "labels": _ids(3, 2)}, r"decoder_input_ids of shape \(3, 2\) for 2 encoded rows"),
+        (
+            {"input_ids": _ids(), "labels": _ids(n=2), "decoder_attention_mask": torch.ones(2, 5)},
+            r"decoder_attention_mask of shape \(2, 5\), expected \(2, 2\)",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(inputs: dict[str, Tensor], message: str) -> None:
@@ -385,3 +406,25 @@ def test_float16_is_refused_and_bfloat16_is_not() -> None:
     assert model.bfloat16()(_ids(), labels=_ids(n=3)).loss.isfinite()
     with pytest.raises(ValueError, match="use bfloat16 or float32"):
         model.half()(_ids(), labels=_ids(n=3))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q", "kv"], r".*heavy\.(q|kv|into)"])
+def test_adapters_of_peft_find_their_targets(targets: object) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=targets, r=2)
+    with warnings.catch_warnings():
+        # it asks for a name that transformers is about to drop
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = peft.get_peft_model(_model(), config).train()
+    adapted(input_ids=_ids(), labels=_ids(n=4)).loss.backward()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) > 0
+    assert [name for name, p in trained.items() if p.grad is None] == []
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(0.1)
+    adapted.eval()
+    before = adapted(input_ids=_ids(), decoder_input_ids=_ids(n=4)).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(_ids(), decoder_input_ids=_ids(n=4)).logits, before)
+    assert merged.generate(_ids(), max_new_tokens=3).shape[0] == 2

@@ -171,8 +171,10 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
     def _check(self) -> None:
         sizes = ("vocab_size", "dim", "layers", "light_heads", "heavy_heads", "heads", "cross_kv_heads", "head_dim")
         for name in (*sizes, "decoder_layers", "light_dim", "heavy_dim", "hidden_dim", "radius"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CoLT5Config got {name}={getattr(self, name)}, expected at least 1")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(
+                    f"CoLT5Config got {name}={getattr(self, name)!r}, expected a whole number of at least 1"
+                )
         if self.heads % self.cross_kv_heads:
             raise ValueError(
                 f"CoLT5Config got cross_kv_heads={self.cross_kv_heads}, expected a divisor of heads={self.heads}"
@@ -187,18 +189,30 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
             raise ValueError(f"CoLT5Config got global_tokens={self.global_tokens}, expected None, or 0 or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"CoLT5Config got dropout={self.dropout}, expected 0 or more and less than 1")
+        for name in ("slack", "norm_eps"):
+            least = 1 if name == "slack" else 0
+            if not getattr(self, name) >= least:
+                raise ValueError(f"CoLT5Config got {name}={getattr(self, name)}, expected at least {least}")
+        if not self.total > 0:
+            raise ValueError(f"CoLT5Config got total={self.total}, expected a number above 0")
         self.budgets()
+        self.new_routing()
 
 
 def _budget(name: str, share: Share) -> Budget:
     """What :class:`Budget` says, of m, q or v."""
-    if isinstance(share, (list, tuple)):
-        if len(share) != 2:
-            raise ValueError(f"CoLT5Config got {name}={share!r}, expected a fraction and the greatest number of tokens")
-        return Budget(float(share[0]), int(share[1]))
-    if isinstance(share, int):
-        return Budget(1.0, share)
-    return Budget(share)
+    fraction, at_most = share if isinstance(share, (list, tuple)) and len(share) == 2 else (share, None)
+    if type(share) is int:
+        fraction, at_most = 1.0, share
+    try:
+        if type(fraction) not in (int, float) or type(at_most) not in (int, type(None)):
+            raise ValueError("of another kind")
+        return Budget(fraction, at_most)  # type: ignore[arg-type]  (what it is was just looked at)
+    except ValueError:
+        raise ValueError(
+            f"CoLT5Config got {name}={share!r}, expected a fraction of the length from 1e-6 to 1, a number of tokens of at least "
+            "1, or a pair of both"
+        ) from None
 
 
 def _refuse_misspelt(given: dict[str, Any]) -> None:

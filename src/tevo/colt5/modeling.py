@@ -15,7 +15,7 @@ Source: CoLT5 (arXiv 2303.09752), section 3 and table 7.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,6 @@ from tevo.norms.rms_norm import RMSNorm
 from tevo.taps import sealed, tap
 
 __all__ = ["CoLT5EncoderModel", "CoLT5ForConditionalGeneration", "CoLT5Model", "CoLT5PreTrainedModel"]
-
-# addend (1, h, n, m) and permission (#b, 1, n, m) of the decoder's own scores, the same in all layers
-Sight: TypeAlias = tuple[Tensor, Tensor]
 
 
 class DecoderAttention(nn.Module):
@@ -113,25 +110,24 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         encoded: Tensor,
         encoded_mask: Tensor | None,
-        look: Callable[[int], Sight],
-        sight: Sight | None,
+        bias: Tensor,
+        allowed: Tensor,
         cache: EncoderDecoderCache | None,
         index: int,
-    ) -> tuple[Tensor, Sight]:
-        """``x`` (b, n, d), ``encoded`` (b, m, d), its mask (b, 1, 1, m) give (b, n, d), and what the next layer may see.
+    ) -> Tensor:
+        """``x`` (b, n, d), ``encoded`` (b, m, d), its mask (b, 1, 1, m) give (b, n, d).
 
-        ``look`` tells the sight of a number of keys; the cache has only the first layer's say how many there are.
+        ``bias`` (1, h, n, keys) and ``allowed`` (#b, 1, n, keys) are those of the decoder's own scores.
         """
         y = self.self_attention_norm(x)
         k, v = self.self_attention.keys_values(y)
         if cache is not None:
             k, v = cache.self_attention_cache.update(k, v, index)
-        bias, allowed = sight = look(k.shape[2]) if sight is None else sight
         x = x + self.dropout(self.self_attention(y, k, v, allowed=allowed, bias=bias))
         y = self.cross_attention_norm(x)
         k, v = self._encoded_keys_values(encoded, cache, index)
         x = x + self.dropout(self.cross_attention(y, k, v, allowed=encoded_mask, bias=None))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), sight
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
     def _encoded_keys_values(
         self, encoded: Tensor, cache: EncoderDecoderCache | None, index: int
@@ -239,6 +235,11 @@ class Encoder(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("CoLT5's encoder needs exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.ndim != 3 or x.shape[-1] != self.config.dim:
+            raise ValueError(
+                f"CoLT5's encoder got {_shapes(input_ids=input_ids, inputs_embeds=inputs_embeds)}, expected input_ids (b, n) or "
+                f"inputs_embeds (b, n, {self.config.dim})"
+            )
         _refuse_float16(x)
         mask = _tokens_mask("attention_mask", attention_mask, x)
         x = self.dropout(x)
@@ -303,31 +304,46 @@ class Decoder(nn.Module):
             encoder_attention_mask: (b, m), not zero = real token.
             cache: of earlier tokens; it is added to.
         """
-        n = x.shape[1]
-        past = 0 if cache is None else cache.get_seq_length()
-        # a cache of fixed size counts in place
-        past = past.clone() if isinstance(past, Tensor) else past
-        q_at = torch.arange(n, device=x.device)[None] + past  # 1 n
-
-        def look(keys: int) -> Sight:
-            k_at = torch.arange(keys, device=x.device)[None]  # 1 m
-            allowed = (k_at[:, None, :] <= q_at[:, :, None])[:, None]  # 1 1 n m
-            if attention_mask is not None:
-                # in a cache of fixed size, places to come
-                real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]))
-                allowed = allowed & real[:, None, None]
-            return self.bias(q_at, k_at).to(x.dtype), allowed
-
         mask = _tokens_mask("attention_mask", encoder_attention_mask, encoded)
         mask = None if mask is None else mask[:, None, None]  # b 1 1 m
-        x, states, sight = self.dropout(x), [], None
+        bias, allowed = self._sight(x, attention_mask, cache)
+        x, states = self.dropout(x), []
         for i, layer in enumerate(self.layers):
             states.append(x)
             if self.gradient_checkpointing and self.training:
-                x, sight = self._gradient_checkpointing_func(layer, x, encoded, mask, look, sight, None, i)
+                # tensors one by one: those inside a tuple would get no gradient where backward is re-entrant
+                x = self._gradient_checkpointing_func(layer, x, encoded, mask, bias, allowed, None, i)
             else:
-                x, sight = layer(x, encoded, mask, look, sight, cache, i)
+                x = layer(x, encoded, mask, bias, allowed, cache, i)
         return self.dropout(self.norm(x)), tuple(states)
+
+    def _sight(
+        self, x: Tensor, attention_mask: Tensor | None, cache: EncoderDecoderCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Addend (1, h, n, keys) and permission (#b, 1, n, keys) of the decoder's own scores, the same in all layers."""
+        b, n, _ = x.shape
+        past: Any = 0 if cache is None else cache.get_seq_length()
+        # a cache of fixed size has places to come, and counts in place
+        kept: Any = () if cache is None else cache.self_attention_cache.layers
+        fixed = getattr(kept[0], "max_cache_len", None) if len(kept) else None
+        past = past.clone() if isinstance(past, Tensor) else past
+        keys: int = past + n if fixed is None else fixed
+        q_at = torch.arange(n, device=x.device)[None] + past  # 1 n
+        k_at = torch.arange(keys, device=x.device)[None]  # 1 keys
+        allowed = (k_at[:, None, :] <= q_at[:, :, None])[:, None]  # 1 1 n keys
+        if attention_mask is not None and attention_mask.ndim == 4:
+            # generation with a cache of fixed size makes the whole mask, as bool or as an addend
+            real = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+            allowed = allowed & real
+        elif attention_mask is not None:
+            if attention_mask.shape[0] != b or (fixed is None and attention_mask.shape[1] != keys):
+                raise ValueError(
+                    f"CoLT5 got decoder_attention_mask of shape {tuple(attention_mask.shape)}, expected {(b, keys)}, with the "
+                    "tokens in the cache before the new ones"
+                )
+            real = F.pad(attention_mask.bool(), (0, keys - attention_mask.shape[1]))
+            allowed = allowed & real[:, None, None]
+        return self.bias(q_at, k_at).to(x.dtype), allowed
 
 
 class CoLT5PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -437,6 +453,10 @@ class _Seq2Seq(CoLT5PreTrainedModel):
         x = decoder_inputs_embeds
         if x is None:
             x = self.encoder.embed_tokens(decoder_input_ids)
+        if x.ndim != 3 or len(x) != len(encoded.last_hidden_state):
+            given = _shapes(decoder_input_ids=decoder_input_ids, decoder_inputs_embeds=decoder_inputs_embeds)
+            rows = len(encoded.last_hidden_state)
+            raise ValueError(f"CoLT5's decoder got {given} for {rows} encoded rows, expected as many rows")
         # recomputed layers would add to the cache twice
         cached = use_cache and not (self.decoder.gradient_checkpointing and self.training)
         if not cached:
@@ -622,6 +642,10 @@ def _tokens_mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
             f"CoLT5 got {name} of shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}, not zero for real tokens"
         )
     return mask.bool()
+
+
+def _shapes(**tensors: Tensor | None) -> str:
+    return ", ".join(f"{name} of shape {tuple(x.shape)}" for name, x in tensors.items() if x is not None)
 
 
 def _refuse_attentions(wanted: bool | None) -> None:
