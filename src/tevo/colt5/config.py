@@ -201,13 +201,14 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
 
 def _budget(name: str, share: Share) -> Budget:
     """What :class:`Budget` says, of m, q or v."""
-    fraction, at_most = share if isinstance(share, (list, tuple)) and len(share) == 2 else (share, None)
+    given: Any = share if isinstance(share, (list, tuple)) and len(share) == 2 else (share, None)
+    fraction, at_most = given
     if type(share) is int:
         fraction, at_most = 1.0, share
     try:
         if type(fraction) not in (int, float) or type(at_most) not in (int, type(None)):
             raise ValueError("of another kind")
-        return Budget(fraction, at_most)  # type: ignore[arg-type]  (what it is was just looked at)
+        return Budget(fraction, at_most)
     except ValueError:
         raise ValueError(
             f"CoLT5Config got {name}={share!r}, expected a fraction of the length from 1e-6 to 1, a number of tokens of at least "
