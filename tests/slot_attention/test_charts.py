@@ -14,6 +14,9 @@ CHARTS = {
     "curve": charts.curve([(1, 44.5), (2, 57.0), (3, 62.6)], label="rounds", mark=2, marked="as trained"),
     "bars": charts.bars([Bar("a <b>", 1.0, "1.0 x", True), Bar("c", 2.5, "2.5 x", False, solid=False)], title="time"),
     "lengths": charts.lengths([Bar("ours", 3e-15, "3e-15", True), Bar("theirs", 6.8, "6.8", False)], title="off by"),
+    "lines": charts.lines(
+        {"ours": [(0, 0.1), (10, 0.9)], "<b>": [(0, 0.2), (10, 0.9)]}, label="steps", title="match", ours="ours"
+    ),
     "dots": charts.dots([Group("ours", [93.0, 94.0], True)], lines={"chance": 0.1, "hue": 79.9}, title="seeds"),
 }
 
@@ -54,3 +57,11 @@ def test_the_curve_rises_upwards_and_marks_what_was_trained() -> None:
     assert rows == sorted(rows, reverse=True)
     assert "as trained" in CHARTS["curve"]
     assert "as trained" not in charts.curve([(1, 5.0), (2, 6.0)], label="x", mark=7, marked="as trained")
+
+
+def test_curves_that_end_together_have_names_apart() -> None:
+    rows = [
+        float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)"[^>]*>(?:ours|&lt;b&gt;) 0.90', CHARTS["lines"])
+    ]
+    assert len(rows) == 2 and abs(rows[0] - rows[1]) >= 13
+    assert CHARTS["lines"].count("var(--us)") == 1

@@ -1,4 +1,4 @@
-"""``tevo view``: pictures of a run's scenes, slots, masks, attention and failures."""
+"""``tevo view``: pictures of what a run's slots or routers choose."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import Literal
 
 from tevo.cli._flags import describe, option, parse
 
-HELP = "pictures of what a trained slot model sees, and what to do where it fails"
-EXAMPLES = ("tevo view slots runs/scenes", "tevo view slots runs/scenes --out pictures --num-slots 9 --iterations 7")
+HELP = "pictures of what a trained model sees (slots), or which tokens it routes (colt5)"
+EXAMPLES = (
+    "tevo view slots runs/scenes --num-slots 9 --iterations 7",
+    "tevo view colt5 runs/lookup --out routing.html",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Flags of the verb."""
 
-    out: str | None = option(None, "folder of the page and the PNG files; default: RUN/pictures")
+    out: str | None = option(None, "slots: folder [RUN/pictures]; colt5: page [RUN/routing.html]")
     split: Literal["valid", "test"] = option("test", "held-out split: valid or test")
-    scenes: int = option(6, "scenes shown, and as many of the worst")
-    num_slots: int | None = option(None, "slots; default: as trained")
-    iterations: int | None = option(None, "rounds; default: as trained")
+    scenes: int = option(6, "slots: scenes shown, and as many of the worst; colt5: texts shown")
+    num_slots: int | None = option(None, "slots: how many; default: as trained")
+    iterations: int | None = option(None, "slots: rounds; default: as trained")
 
 
 def main(argv: list[str]) -> int:
@@ -31,16 +34,32 @@ def main(argv: list[str]) -> int:
         print("\n".join([*EXAMPLES, "", "  RUN                      folder that `tevo train` made", describe(Options)]))
         return 0
     program, *rest = argv
-    if program != "slots":
-        raise ValueError(f"tevo view has no pictures of {program!r}; expected slots, as in `{EXAMPLES[0]}`")
+    if program not in ("slots", "colt5"):
+        raise ValueError(f"tevo view has no pictures of {program!r}; expected slots or colt5, as in `{EXAMPLES[0]}`")
     if not rest or rest[0].startswith("-"):
-        raise ValueError(f"tevo view slots needs the folder of a run, as in `{EXAMPLES[0]}`")
+        raise ValueError(f"tevo view {program} needs the folder of a run, as in `{EXAMPLES[program == 'colt5']}`")
     folder, *flags = rest
     options = parse(Options, flags, verb="view")
     if options.scenes < 1:
         raise ValueError(f"--scenes is {options.scenes}, expected at least 1")
+    if program == "colt5":
+        return _routing(Path(folder), options)
     score = show(Path(folder), options)
     print(f"FG-ARI {100 * score:.1f} % on {options.split}")
+    return 0
+
+
+def _routing(folder: Path, options: Options) -> int:
+    for name in ("num_slots", "iterations"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"tevo view colt5 has no use for {name}={getattr(options, name)}; leave it out")
+    from tevo.colt5.inspection import make_page, sentences
+
+    page = Path(options.out) if options.out else folder / "routing.html"
+    found = make_page(folder, page, split=options.split, texts=options.scenes)
+    for sentence in sentences(found):
+        print(sentence)
+    print(f"page: {page.absolute()}")
     return 0
 
 

@@ -41,9 +41,9 @@ __all__ = [
     "Answers",
     "Curriculum",
     "LightLayer",
-    "answer_of",
     "build_model",
     "build_task",
+    "curve",
     "measured",
     "open_run",
     "pack",
@@ -393,16 +393,6 @@ def pack(run: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_file(folder / "recipe.json", recipe.to_json())
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "weights.safetensors")
-
-
-def answer_of(task: LongTask, tokens: Tensor) -> str:
-    """Tokens (t,) of an answer as text."""
-    if isinstance(task, Modules):
-        from tevo.colt5.tasks.modules import bytes_of
-
-        kept = tokens[: int((tokens == END).int().argmax())] if bool((tokens == END).any()) else tokens
-        return bytes_of(kept).decode("utf-8", errors="replace")
-    return task.text(tokens)  # type: ignore[attr-defined]
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-__all__ = ["Bar", "Group", "bars", "curve", "dots", "lengths"]
+__all__ = ["Bar", "Group", "bars", "curve", "dots", "lengths", "lines"]
 
 _ROW, _LEFT, _RIGHT = 26, 262, 670
 
@@ -76,6 +76,45 @@ def curve(points: Sequence[tuple[int, float]], *, label: str, mark: int | None, 
         parts.append(_text(column + (8 if anchor == "start" else 0), above, f"{point[1]:.1f}", anchor))
     parts.append(_text((left + width - right) / 2, height - 6, label, "middle"))
     return _svg(width, height, parts, f"FG-ARI in % over {label}")
+
+
+def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, title: str, ours: str = "") -> str:
+    """Values of several named curves over a number, from 0 to 1 or to the greatest of them.
+
+    Args:
+        series: name -> (x, y), ascending in x.
+        label: of the horizontal axis.
+        title: what is shown.
+        ours: the curve that has our colour.
+    """
+    width, height, left, top, right, bottom = 460, 240, 46, 14, 118, 40
+    points = [point for curve in series.values() for point in curve]
+    low, high = min(x for x, _ in points), max(x for x, _ in points)
+    greatest = max(1.0, *(y for _, y in points))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - low) / max(high - low, 1e-12)
+        return left + across * (width - left - right), top + (1 - y / greatest) * (height - top - bottom)
+
+    parts = []
+    for i in range(6):
+        _, row = at(low, greatest * i / 5)
+        parts.append(_line(left, row, width - right, row, "axis"))
+        parts.append(_text(left - 6, row + 4, f"{greatest * i / 5:.3g}", "end", "dim"))
+    for x in dict.fromkeys((low, high)):
+        parts.append(_text(at(x, 0)[0], height - bottom + 17, f"{x:g}", "middle", "dim"))
+    # names keep apart where curves end together
+    last = -math.inf
+    for name, curve in sorted(series.items(), key=lambda one: -one[1][-1][1]):
+        colour = "var(--us)" if name == ours else "var(--them)"
+        path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in curve)
+        dash = "" if name == ours else f' stroke-dasharray="{4 + 3 * list(series).index(name)} 3"'
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        column, row = at(*curve[-1])
+        last = max(row + 4, last + 13)
+        parts.append(_text(column + 6, last, f"{name} {curve[-1][1]:.2f}"))
+    parts.append(_text((left + width - right) / 2, height - 6, label, "middle"))
+    return _svg(width, height, parts, title)
 
 
 def bars(rows: Sequence[Bar], *, title: str) -> str:

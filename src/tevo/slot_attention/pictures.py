@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tevo import pages
 from tevo.slot_attention import pixels
 from tevo.slot_attention.diagnose import Finding, diagnose
 from tevo.slot_attention.metrics import fg_ari, region_ids
@@ -232,19 +233,8 @@ def render(template: str, **values: Any) -> str:
     Raises:
         ValueError: jinja2 is missing.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ValueError("a page needs the package jinja2; pip install 'tevo[report]'") from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["uri"] = pixels.as_uri
-    return environment.get_template(template).render(**values)
+    folder = Path(__file__).with_name("templates")
+    return pages.render(template, folder=folder, filters={"uri": pixels.as_uri}, **values)
 
 
 def _scene(model: SlotAutoencoder, whole: Survey, i: int) -> dict[str, Any]:

@@ -46,6 +46,10 @@ class LongTask(Task):
         """Where question and answer stand, told from ``inputs`` (b, n) and ``targets`` (b, t) alone."""
         raise NotImplementedError
 
+    def text(self, tokens: Sequence[int] | Tensor) -> str:
+        """What the tokens of one input or answer say; padding and ends say nothing."""
+        raise NotImplementedError
+
     def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Exact matches and rows, both 0-d float64, of ``logits`` (b, t, V); a NaN is a miss."""
         right = (logits.argmax(-1) == targets) & ~logits.isnan().any(-1)
@@ -62,7 +66,7 @@ class WordTask(LongTask):
     words: tuple[str, ...]
 
     def text(self, tokens: Sequence[int] | Tensor) -> str:
-        """The words of one input or answer."""
+        """Its words."""
         return " ".join(self.words[int(token)] for token in tokens if int(token) not in (PAD, END))
 
 

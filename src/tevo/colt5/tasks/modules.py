@@ -217,6 +217,10 @@ class Modules(LongTask):
             text = source[start : start + room] + b"\n" + text
         return item.question + b"\n" + text
 
+    def text(self, tokens: Sequence[int] | Tensor) -> str:
+        """Its bytes as UTF-8."""
+        return bytes_of(tokens).decode("utf-8", errors="replace")
+
     def oracle(self, inputs: Tensor, targets: Tensor) -> Oracle:
         """The question's line; the lines with an answer's parts, or with what hides it; the parts themselves."""
         masks = torch.zeros(3, *inputs.shape, dtype=torch.bool)
