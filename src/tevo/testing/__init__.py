@@ -9,8 +9,49 @@ from tevo.testing import numerics as numerics
 from tevo.testing import objectives as objectives
 from tevo.testing import seams as seams
 from tevo.testing import systems as systems
-from tevo.testing.checks import CHECKS, Check, applicable
+from tevo.testing.checks import CHECKS, GROUPS, Check, applicable
+from tevo.testing.report import (
+    Report,
+    check_block,
+    check_channel,
+    check_heads,
+    check_mixer,
+    check_norm,
+    check_normaliser,
+    check_part,
+    check_position,
+    check_residual,
+    check_stack,
+    examine,
+    parametrised,
+)
 from tevo.testing.subject import SeatedObjective, Subject, subjects
 from tevo.testing.tolerances import RUNGS, relative_rms
+from tevo.testing.user import UserSubject, user_subject
 
-__all__ = ["CHECKS", "RUNGS", "Check", "SeatedObjective", "Subject", "applicable", "relative_rms", "subjects"]
+__all__ = [
+    "CHECKS",
+    "GROUPS",
+    "RUNGS",
+    "Check",
+    "Report",
+    "SeatedObjective",
+    "Subject",
+    "UserSubject",
+    "applicable",
+    "check_block",
+    "check_channel",
+    "check_heads",
+    "check_mixer",
+    "check_norm",
+    "check_normaliser",
+    "check_part",
+    "check_position",
+    "check_residual",
+    "check_stack",
+    "examine",
+    "parametrised",
+    "relative_rms",
+    "subjects",
+    "user_subject",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def at_length(subject: Subject, n: int) -> Subject:
     if isinstance(grid, tuple) and grid[0] * grid[1] != n:
         rows = 2 ** (int(math.log2(n)) // 2)
         example["grid"] = (rows, n // rows)
-    return Subject(subject.card, subject.part, subject.cls, example)
+    return replace(subject, example=example)
 
 
 def count(subject: Subject, n: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,7 @@ class Subject:
     example: Mapping[str, object]
     lengths: tuple[int, ...] = ()  # in place of those that fit the part
     rows: int | None = None  # the greatest batch
+    runs: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # what was run through it
 
     @property
     def house(self) -> bool:
@@ -242,6 +244,7 @@ class Subject:
     ) -> Tensor:
         """Run the seated part, whatever its role's signature."""
         role = self.card.role
+        self.runs["inputs"] += 1
         if isinstance(module, SeatedObjective):
             batch = module.batch(*x.shape[:2])
             return module({name: value.to(x.device) for name, value in batch.items()})
