@@ -185,11 +185,21 @@ class Hyena(TokenMixer):
     def step(
         self, x: Tensor, state: State, *, mask: Tensor | None = None, at: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Advance by ``x`` (b, n, d); padding between real tokens counts as distance."""
+        """Advance by ``x`` (b, n, d); padding between real tokens would count as distance, so that only a first piece has any.
+
+        Raises:
+            ValueError: padding in a later piece (read from the CPU only, and not while compiling).
+        """
         assert isinstance(state, tuple)
         tail, past = state
         assert isinstance(tail, Tensor) and isinstance(past, Tensor)
         check_mask("Hyena", mask, x.shape[0], x.shape[1])
+        readable = mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if past.shape[1] and readable and mask is not None and not bool(mask.all()):
+            raise ValueError(
+                f"Hyena got padding in a piece that follows {past.shape[1]} tokens, where it would count as distance; pad "
+                "the first piece only"
+            )
         n, total = x.shape[1], past.shape[1] + x.shape[1]
         if total > self.length:
             raise ValueError(

@@ -1,0 +1,118 @@
+"""Group B, seams: where one thing meets another (state and padding, groups of heads and weights, rows without a key)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tevo.contracts import Normaliser
+from tevo.mixers.softmax.softmax import SoftmaxAttention
+from tevo.testing.checks import check, close, compare_gradients, expect, limit, oracle_of
+from tevo.testing.subject import Subject, stateful
+from tevo.testing.tolerances import RUNGS
+
+
+@check(
+    "Exact state: a later piece that is padded, each row on another side, equals the unpadded one, or is refused.",
+    lambda s: s.claims("exact_state") and s.claims("padding") and s.any_length(),
+    group="B",
+)
+def check_padded_continuation(s: Subject) -> float:
+    """Padding before the first token meets an empty state, so that only padding after it shows what it does to one."""
+    module, n = s.make(causal=True), s.sizes()[0]
+    first, last = n // 3, n // 3 + 3  # where the second and the third piece begin
+    owner, x = stateful(module), s.inputs(2, n)
+    whole = s.call(module, x)
+    padded = torch.full((2, 5, s.dim), 7.0, dtype=x.dtype)
+    padded[0, 2:], padded[1, :3] = x[0, first:last], x[1, first:last]
+    mask = torch.tensor([[False, False, True, True, True], [True, True, True, False, False]])
+    places = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]) + first
+    worst = 0.0
+    for at in (places, None):
+        with torch.no_grad():
+            _, state = owner.step(x[:, :first], owner.init_state(2))
+            try:
+                middle, state = owner.step(padded, state, mask=mask, at=at)
+            except ValueError:
+                continue
+            after = None if at is None else torch.arange(last, n).expand(2, -1)
+            end, _ = owner.step(x[:, last:], state, at=after)
+        ours = torch.cat([middle[mask].unflatten(0, (2, 3)), end], 1)
+        how = "counted by the part" if at is None else "given"
+        worst = max(
+            worst, close(f"{s.name}, positions {how}, after a padded piece", ours, whole[:, first:], RUNGS["F64"])
+        )
+    return worst
+
+
+@check(
+    "Heads: attention with its weights written out equals the fused kernel, causal and not, values and gradients.",
+    lambda s: s.card.role == "heads",
+    group="B",
+)
+def check_written_out_weights(s: Subject) -> float:
+    """Which query head reads which key head is decided in two places."""
+    n, worst = s.sizes()[0], 0.0
+    for causal in (False, True):
+        fused = s.make(causal=causal)
+        assert isinstance(fused, SoftmaxAttention)
+        plain = SoftmaxAttention(dim=s.dim, heads=fused.heads, causal=causal, normaliser=Normaliser()).eval()
+        x = s.inputs(2, n).requires_grad_()
+        what = f"{s.name} causal={causal}, weights written out"
+        worst = max(worst, compare_gradients(what, plain, [x], plain(x), s.call(fused, x), RUNGS["F64"]))
+    return worst
+
+
+@check(
+    "Normaliser: a query without any allowed key gets weights of zero, and finite gradients.",
+    lambda s: s.card.role == "normaliser",
+    group="B",
+)
+def check_no_allowed_key(s: Subject) -> float:
+    """Weights on padding would count as soon as values have a bias."""
+    part = s.part_of(s.make())
+    scores = torch.randn(2, s.heads, 7, 9, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    scores.requires_grad_()
+    allowed = torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(3)) < 0.7
+    allowed[:, :, 3] = False
+    weights = part(scores, allowed)
+    expect(not bool(weights[:, :, 3].any()), f"{s.name} gives weight to keys of a query that may see none")
+    expect(not bool(weights.masked_select(~allowed).any()), f"{s.name} gives weight to keys that may not be seen")
+    (gradient,) = torch.autograd.grad((weights * scores.detach()).sum(), scores)
+    expect(bool(gradient.isfinite().all()), f"{s.name}: gradients are not finite where a query may see no key")
+    return 0.0
+
+
+@check(
+    "Normaliser: its scores equal the second formulation's, or scaled dot products where that has none.",
+    lambda s: s.card.role == "normaliser",
+    group="B",
+    house=True,
+)
+def check_scores(s: Subject) -> float:
+    """Weights alone are compared from given scores."""
+    part = s.part_of(s.make())
+    assert isinstance(part, Normaliser)
+    generator = torch.Generator().manual_seed(6)
+    q, k = (torch.randn(2, s.heads, n, s.dim // s.heads, generator=generator, dtype=torch.float64) for n in (7, 9))
+    leaves = [q.requires_grad_(), k.requires_grad_()]
+    second = getattr(oracle_of(s), "score", scaled_dot_products)
+    return compare_gradients(
+        f"{s.name}: scores", part, leaves, part.score(q, k), second(part, q, k), limit(s, "oracle", "F64")
+    )
+
+
+def scaled_dot_products(part: nn.Module, q: Tensor, k: Tensor) -> Tensor:
+    """The neutral scores, one pair of heads at a time."""
+    return torch.einsum("bhne, bhme -> bhnm", q, k) / q.shape[-1] ** 0.5
+
+
+@check(
+    "What the file offers beside the part equals its second formulation.",
+    lambda s: s.house and hasattr(oracle_of(s), "beside"),
+    group="B",
+    house=True,
+)
+def check_beside(s: Subject) -> float:
+    """Tables, derivatives and training-time forms that no forward pass in evaluation reaches."""
+    return max(close(what, ours, theirs, most) for what, ours, theirs, most in oracle_of(s).beside(s))
