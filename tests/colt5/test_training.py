@@ -209,3 +209,16 @@ def test_recomputed_layers_give_the_same_loss() -> None:
         loss.total.backward()
         found.append((loss.total.item(), loss.parts["sharpness"].item(), float(model.model.lm_head.weight.grad.norm())))
     assert found[0] == pytest.approx(found[1]) and math.isfinite(found[0][0])
+
+
+def test_a_question_of_the_user_s_becomes_an_input_as_the_task_makes_them() -> None:
+    bytes_task, words = training.build_task(BYTES).last, training.build_task(SMALL).last
+    tokens = training.question_tokens(bytes_task, "signature of f?", "def f(a, b): ...\n")
+    assert bytes_task.text(tokens[0]) == "signature of f?\ndef f(a, b): ...\n"
+    inputs = words.batch("valid", 0, 0, 1)["inputs"]
+    said = words.text(inputs[0]).split()
+    assert torch.equal(training.question_tokens(words, " ".join(said[:3]), " ".join(said[3:])), inputs)
+    with pytest.raises(ValueError, match="the word 'python' is none of the 90 that task 'lookup' knows"):
+        training.question_tokens(words, "1 python .", "above")
+    with pytest.raises(ValueError, match="the question or the text is empty"):
+        training.question_tokens(words, " ", "above")

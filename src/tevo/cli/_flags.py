@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import Field, field, fields
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from tevo.catalogue.rows import suggest
 
 T = TypeVar("T")
 
-__all__ = ["describe", "option", "parse", "split"]
+__all__ = ["describe", "option", "parse", "refuse_others", "split"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -57,6 +57,19 @@ def describe(*classes: type[Any]) -> str:
         default = "" if plain else f" [{_shown(one.default)}]"
         lines.append(f"  {_flag(one):<25}{one.metadata['help']}{default}")
     return "\n".join(lines)
+
+
+def refuse_others(options: Any, kind: str, kinds: Iterable[str], *, folder: str) -> None:
+    """Refuse flags that were given for another kind of run: a flag is for one if its help begins with its name.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for one in fields(options):
+        of, colon, _ = one.metadata["help"].partition(": ")
+        value = getattr(options, one.name)
+        if colon and of in kinds and of != kind and value != one.default:
+            raise ValueError(f"{folder} is no run of {of}, and has no use for {one.name}={value!r}; leave it out")
 
 
 def _flag(one: Field[Any]) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Literal
 
-from tevo.cli._flags import describe, option, parse
+from tevo.cli._flags import describe, option, parse, refuse_others
 
 if TYPE_CHECKING:
     from tevo.slot_attention.data.sets import SceneSet
     from tevo.slot_attention.recipes import SlotRecipe
 
 HELP = "score a trained run on held-out data, beside chance and baselines"
-EXAMPLES = ("tevo eval runs/notes --split test --json", "tevo eval runs/scenes --num-slots 11 --iterations 5")
+EXAMPLES = ("tevo eval runs/notes --split test --json", "tevo eval runs/lookup --shares 0.25 0.0625 0.03")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Options:
     init_seeds: int = option(1, "slots: how often, each time from other first slots")
     objects: tuple[int, int] | None = option(None, "slots: scenes with as many objects, fewest and most")
     data: str = option("", "slots: all scenes of a converted file, in place of the split")
+    shares: tuple[float, ...] = option((), "colt5: routed shares, others than in training")
     json: bool = option(False, "print one JSON object")
 
     def __post_init__(self) -> None:
@@ -46,14 +47,14 @@ def main(argv: list[str]) -> int:
     folder, *flags = argv
     options = parse(Options, flags, verb="eval")
 
-    from tevo.slot_attention.recipes import SlotRecipe
     from tevo.training.recipe import read
 
     stored = Path(folder) / "recipe.json"
-    # a folder that is no run is refused by either
-    if stored.is_file() and isinstance(read(stored), SlotRecipe):
-        return _slots(folder, options)
-    return _language_model(folder, options)
+    # a folder that is no run is refused by each of them
+    kind = read(stored).kind if stored.is_file() else "lm"
+    programs = {"lm": _language_model, "slots": _slots, "colt5": _colt5}
+    refuse_others(options, kind, programs, folder=folder)
+    return programs[kind](folder, options)
 
 
 def _language_model(folder: str, options: Options) -> int:
@@ -62,9 +63,6 @@ def _language_model(folder: str, options: Options) -> int:
     from tevo.training import lm
     from tevo.training.loop import evaluate
 
-    for one in fields(options):
-        if one.metadata["help"].startswith("slots: ") and getattr(options, one.name) != one.default:
-            raise ValueError(f"{folder} is no run of slots, and has no use for {one.name}={getattr(options, one.name)}")
     recipe, task, model, step = lm.restore(Path(folder))
     model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
     score = evaluate(model, task, split=options.split, batch=recipe.batch)
@@ -78,6 +76,45 @@ def _language_model(folder: str, options: Options) -> int:
     print(f"{task.examples} sequences of {task.length} tokens; chance {task.chance:.4f}")
     for name, value in task.baselines.items():
         print(f"baseline {name}, on valid: {value:.4f}")
+    return 0
+
+
+def _colt5(folder: str, options: Options) -> int:
+    import torch
+
+    from tevo.colt5.inspection import describe_run
+    from tevo.colt5.training import open_run
+    from tevo.training.loop import evaluate
+
+    if not all(1e-6 <= share <= 1 for share in options.shares):
+        raise ValueError(f"shares are {options.shares}, expected numbers from 1e-6 to 1")
+    recipe, task, model, step = open_run(Path(folder))
+    if options.shares and model.share is None:
+        raise ValueError(f"{folder} has no heavy branch, and no use for shares={options.shares}")
+    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    found: dict[str, float] = {}
+    for share in options.shares or (model.share,):
+        model.share = share
+        found["none" if share is None else f"{share:.4g}"] = evaluate(
+            model, task, split=options.split, batch=recipe.batch
+        )
+    if options.json:
+        numbers = {
+            "run": folder,
+            "step": step,
+            "split": options.split,
+            "metric": task.metric,
+            "score": next(iter(found.values())),
+        }
+        numbers |= {"shares": found, "chance": task.chance, "baselines": task.baselines}
+        print(json.dumps({**numbers, "rows": task.examples, "length": task.length}))
+        return 0
+    print(describe_run(recipe, step))
+    print(f"chance {100 * task.chance:.2g} %")
+    for name, value in task.baselines.items():
+        print(f"baseline {name}, on valid: {100 * value:.2g} %")
+    for name, value in found.items():
+        print(f"exact match {100 * value:.1f} % of {task.examples} on {options.split}, routed share {name}")
     return 0
 
 

@@ -1,16 +1,16 @@
-"""``tevo generate``: continue a text with a trained language model."""
+"""``tevo generate``: continue a text with a language model, or answer a question about a long one with CoLT5."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from tevo.cli._flags import describe, option, parse
+from tevo.cli._flags import describe, option, parse, refuse_others
 
-HELP = "continue a text with a trained language model"
+HELP = "continue a text (lm), or answer a question about a long one (colt5)"
 EXAMPLES = (
-    'tevo generate runs/notes --prompt "def main("',
     'tevo generate runs/notes --prompt "The " --tokens 400 --temperature 0.7',
+    'tevo generate runs/modules --input module.py --question "signature of main?"',
 )
 
 
@@ -18,11 +18,13 @@ EXAMPLES = (
 class Options:
     """Flags of the verb."""
 
-    prompt: str = option("\n", "text to continue")
-    tokens: int = option(200, "tokens to add")
-    temperature: float = option(0.8, "0: the likeliest token, otherwise spread of the sampling")
-    top_k: int | None = option(None, "sample among the k likeliest tokens only")
-    seed: int = option(0, "decides the sampling")
+    prompt: str = option("\n", "lm: text to continue")
+    tokens: int = option(200, "tokens to add, or of an answer at most")
+    temperature: float = option(0.8, "lm: 0: the likeliest token, otherwise spread of the sampling")
+    top_k: int | None = option(None, "lm: sample among the k likeliest tokens only")
+    seed: int = option(0, "lm: decides the sampling")
+    input: str = option("", "colt5: file with the text")
+    question: str = option("", "colt5: what is asked about it, in the words of the model's task")
 
 
 def main(argv: list[str]) -> int:
@@ -37,11 +39,22 @@ def main(argv: list[str]) -> int:
     if options.tokens < 1:
         raise ValueError(f"--tokens is {options.tokens}, expected at least 1")
 
+    from tevo.training.recipe import RECIPES, read
+
+    stored = Path(folder) / "recipe.json"
+    # a folder that is no run is refused by each of them
+    kind = read(stored).kind if stored.is_file() else "lm"
+    refuse_others(options, kind, RECIPES, folder=folder)
+    print(_answered(Path(folder), options) if kind == "colt5" else _continued(Path(folder), options))
+    return 0
+
+
+def _continued(folder: Path, options: Options) -> str:
     import torch
 
     from tevo.training import lm
 
-    recipe, task, model, _ = lm.restore(Path(folder))
+    recipe, task, model, _ = lm.restore(folder)
     if task.metric != "bits_per_byte":
         raise ValueError(f"{folder} was trained on {recipe.task}, whose tokens are no text; expected a run on text")
     prompt = torch.tensor([list(options.prompt.encode())])  # 1 n
@@ -52,5 +65,16 @@ def main(argv: list[str]) -> int:
         top_k=options.top_k,
         generator=torch.Generator().manual_seed(options.seed),
     )
-    print(bytes(out[0].tolist()).decode("utf-8", errors="replace"))
-    return 0
+    return bytes(out[0].tolist()).decode("utf-8", errors="replace")
+
+
+def _answered(folder: Path, options: Options) -> str:
+    if not options.input or not options.question:
+        raise ValueError(f"{folder} answers questions; give --input FILE and --question, as in `{EXAMPLES[1]}`")
+
+    from tevo.colt5.training import open_run, question_tokens
+
+    text = Path(options.input).read_bytes().decode("utf-8", errors="replace")
+    _, task, model, _ = open_run(folder)
+    tokens = model.answer(question_tokens(task.last, options.question, text), most=options.tokens)
+    return task.last.text(tokens[0])

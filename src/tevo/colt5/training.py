@@ -26,7 +26,8 @@ from tevo.colt5.modeling import CoLT5ForConditionalGeneration
 from tevo.colt5.recipes import CoLT5Recipe
 from tevo.colt5.routers import SoftTopK
 from tevo.colt5.tasks import Documents, LongTask, Lookup, Modules, Passkey
-from tevo.colt5.tasks.contract import END, PAD
+from tevo.colt5.tasks.contract import END, PAD, WordTask
+from tevo.colt5.tasks.modules import tokens_of
 from tevo.contracts import Loss, Objective
 from tevo.functional.masks import blank
 from tevo.objectives.next_token import IGNORED, next_token_loss
@@ -47,6 +48,7 @@ __all__ = [
     "measured",
     "open_run",
     "pack",
+    "question_tokens",
     "restore",
     "run",
     "sharpness",
@@ -393,6 +395,28 @@ def pack(run: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_file(folder / "recipe.json", recipe.to_json())
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "weights.safetensors")
+
+
+def question_tokens(task: LongTask, question: str, text: str) -> Tensor:
+    """A question and a text of the user's as an input (1, n), in the order of the task's own.
+
+    Raises:
+        ValueError: nothing to read, or a word that a task of words does not have.
+    """
+    if not text.strip() or not question.strip():
+        raise ValueError("the question or the text is empty; expected a line and at least one word")
+    if isinstance(task, Modules):
+        return torch.from_numpy(tokens_of(f"{question.strip()}\n{text}".encode()))[None]
+    assert isinstance(task, WordTask)
+    places = {word: token for token, word in enumerate(task.words)}
+    words = (f"{text} {question}" if getattr(task, "question_last", False) else f"{question} {text}").split()
+    strange = [word for word in words if places.get(word, END) in (PAD, END)]
+    if strange:
+        raise ValueError(
+            f"the word {strange[0]!r} is none of the {len(places) - 2} that task {task.name!r} knows; for text of your own "
+            "train on task=modules, whose tokens are bytes"
+        )
+    return torch.tensor([[places[word] for word in words]])
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
