@@ -215,8 +215,14 @@ class RoutedAttention(nn.Module):
         """As for :class:`LocalAttention`."""
         _initialise((self.q.weight, *self.kv.weight.chunk(2)), self.out.weight, self.heads)
 
-    def forward(self, x: Tensor, queries: Routed, keys: Routed, *, positions: Tensor | None = None) -> Tensor:
-        """``x`` (b, n, d), its routed tokens and ``positions`` (#b, n) give the weighted outputs (b, q, d)."""
+    def forward(
+        self, x: Tensor, queries: Routed, keys: Routed, *, positions: Tensor | None = None, full: bool = False
+    ) -> Tensor:
+        """``x`` (b, n, d), its routed tokens and ``positions`` (#b, n) give the weighted outputs (b, q, d).
+
+        ``full`` says that all slots of ``keys`` have a token, as they have where no token is padding or forbidden; masks of
+        all scores are then spared.
+        """
         k_in, v_in = self.kv_scores(take(x, keys.indices), keys.weights)
         if k_in is v_in:
             k, v = self.kv(k_in).chunk(2, -1)
@@ -229,7 +235,7 @@ class RoutedAttention(nn.Module):
             if positions is not None:
                 q_at, k_at = (positions.expand(len(at), -1).gather(1, at) for at in (q_at, k_at))
             bias = self.bias(q_at, k_at)
-        o = attention(q, k, v, allowed=keys.mask[:, None, None], bias=bias, scale=1.0)
+        o = attention(q, k, v, allowed=None if full else keys.mask[:, None, None], bias=bias, scale=1.0)
         return self.out(merge_heads(o)) * queries.weights[..., None].to(x.dtype)
 
 
@@ -347,7 +353,8 @@ class ConditionalAttention(nn.Module):
             if self.kv_router is self.q_router
             else self.kv_router(x, scores=kv_scores, mask=mask, forced=forced, forbidden=forbidden)
         )
-        return add_at(y, queries.indices, self.heavy(x, queries, keys, positions=positions))
+        full = mask is None and forbidden is None
+        return add_at(y, queries.indices, self.heavy(x, queries, keys, positions=positions, full=full))
 
 
 class ConditionalLayer(nn.Module):

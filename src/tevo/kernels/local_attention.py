@@ -14,6 +14,7 @@ Letters beyond the shared ones: r radius, N blocks, c queries of a block, w keys
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ __all__ = ["local_attention"]
 
 # numbers in a piece of P: few enough for two of them to stay in cache, enough to outweigh the calls from Python
 PIECE = 2**19
+LOG2_E = math.log2(math.e)
+# an exponent whose power is zero, in single precision too, and that stays finite when others are added
+FAR = -1e30
 
 
 def local_attention(
@@ -65,6 +69,10 @@ class _Blocks(NamedTuple):
     tail: int
 
     @property
+    def side(self) -> int:
+        return self.before * self.c
+
+    @property
     def w(self) -> int:
         return (2 * self.before + 1) * self.c
 
@@ -74,28 +82,15 @@ def _cut(n: int, r: int, c: int) -> _Blocks:
     return _Blocks(c, count, -(-r // c), count * c - n)
 
 
-def _windows(x: Tensor, cut: _Blocks) -> Tensor:
-    """(b, h, n, e) with zeros around gives overlapping views (b, h, N, e, w)."""
-    side = cut.before * cut.c
-    return F.pad(x, (0, 0, side, side + cut.tail)).unfold(2, cut.w, cut.c)
-
-
-def _in_blocks(x: Tensor, cut: _Blocks, fill: float = 0.0) -> Tensor:
-    """(b, h, n, ...) gives (b, h, N, c, ...)."""
-    pad = (0, 0) * (x.ndim - 3) + (0, cut.tail)
-    return (F.pad(x, pad, value=fill) if cut.tail else x).unflatten(2, (cut.blocks, cut.c))
-
-
-def _existing(q: Tensor, mask: Tensor | None, cut: _Blocks) -> Tensor:
+def _existing(n: int, mask: Tensor | None, cut: _Blocks, device: torch.device) -> Tensor:
     """(#b, N, w): which keys of the windows exist."""
-    real = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask
-    side = cut.before * cut.c
-    return F.pad(real, (side, side + cut.tail)).unfold(1, cut.w, cut.c)
+    real = torch.ones(1, n, dtype=torch.bool, device=device) if mask is None else mask
+    return F.pad(real, (cut.side, cut.side + cut.tail)).unfold(1, cut.w, cut.c)
 
 
 def _offsets(cut: _Blocks, device: torch.device) -> Tensor:
     """(c, w): key position - query position."""
-    return torch.arange(cut.w, device=device) - cut.before * cut.c - torch.arange(cut.c, device=device)[:, None]
+    return torch.arange(cut.w, device=device) - cut.side - torch.arange(cut.c, device=device)[:, None]
 
 
 def _addends(bias: Tensor, cut: _Blocks, outside: float) -> Tensor:
@@ -106,103 +101,134 @@ def _addends(bias: Tensor, cut: _Blocks, outside: float) -> Tensor:
 
 
 def _whole(existing: Tensor) -> tuple[int, int]:
-    """The first stretch of blocks all of whose keys exist, in every row."""
-    flags = existing.all(-1).all(0).tolist()
+    """The first stretch of blocks (N, w) all of whose keys exist."""
+    flags = existing.all(-1).tolist()
     start = flags.index(True) if True in flags else 0
     rest = flags[start:]
     return start, start + (rest.index(False) if False in rest else len(rest))
 
 
+def _stretch(x: Tensor, first: int, last: int) -> Tensor:
+    """Tokens ``first`` to ``last`` of (h, n, e), zeros where there are none: a view if all exist."""
+    n = x.shape[1]
+    before, after = max(-first, 0), max(last - n, 0)
+    x = x[:, max(first, 0) : min(last, n)]
+    return F.pad(x, (0, 0, before, after)) if before + after else x
+
+
 @torch.library.custom_op("tevo::local_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, c: int) -> tuple[Tensor, Tensor]:
-    b, h, n, _ = q.shape
+    b, h, n, e = q.shape
     cut = _cut(n, bias.shape[1] // 2, c)
     # finite, so that a row without any key has finite weights before it is set to zero
     lowest = torch.finfo(q.dtype).min / 4
-    near = _addends(bias, cut, lowest).repeat(b, 1, 1)[:, None]  # (b h) 1 c w
-    existing = _existing(q, mask, cut)
-    start, end = _whole(existing)
-    k, v = plain._blank(mask, k, v)
-    qs = _in_blocks(q, cut).flatten(0, 1)  # (b h) N c e
-    # contiguous before it is unfolded, so that batch and heads are one dimension of the views
-    ks, vs = (_windows(x, cut).flatten(0, 1).mT for x in (k, v))  # (b h) N w e
-    parts = []
-    for first, last, whole in ((0, start, False), (start, end, True), (end, cut.blocks, False)):
-        if first == last:
-            continue
-        addend = near
-        if not whole:
-            # once more for each head of a row
-            here = existing[:, first:last, None].repeat_interleave(h if mask is not None else 1, 0)
-            addend = torch.where(here, near, lowest)
-        parts.append(
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                qs[:, first:last], ks[:, first:last], vs[:, first:last], attn_mask=addend, scale=1.0
+    near = _addends(bias, cut, lowest)
+    existing = _existing(n, mask, cut, q.device)
+    stretches = [_whole(row) for row in existing]
+    # heads beside each other, as the projection wants them
+    o, lse = q.new_empty(b, n, h, e), q.new_empty(b, n, h)
+    for row in range(b):
+        real = 0 if mask is None else row
+        start, end = stretches[real]
+        for first, last, whole in ((0, start, False), (start, end, True), (end, cut.blocks, False)):
+            if first == last:
+                continue
+            at, stop = first * c, min(last * c, n)
+            # blocks are the kernel's batch: where all keys exist, it reads windows of the very keys that were given
+            q_ = _stretch(q[row], at, last * c).unflatten(1, (-1, c)).transpose(0, 1)  # N h c e
+            k_, v_ = (_stretch(x[row], at - cut.side, last * c + cut.side) for x in (k, v))
+            addend = near[None]
+            if not whole:
+                here = existing[real, first:last, None, None]
+                addend = torch.where(here, near, lowest)  # N h c w
+                if mask is not None:
+                    gone = ~_stretch(mask[row][None, :, None], at - cut.side, last * c + cut.side)
+                    k_, v_ = k_.masked_fill(gone, 0.0), v_.masked_fill(gone, 0.0)
+            k_, v_ = (x.unfold(1, cut.w, c).permute(1, 0, 3, 2) for x in (k_, v_))  # N h w e
+            o_, lse_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q_, k_, v_, attn_mask=addend.expand(last - first, -1, -1, -1), scale=1.0
             )
-        )
-    o, lse = (torch.cat(part, 1).flatten(1, 2)[:, :n].unflatten(0, (b, h)) for part in zip(*parts, strict=True))
-    return o.masked_fill((lse < lowest / 2)[..., None], 0.0), lse.contiguous()
+            o_, lse_ = (x.transpose(1, 2).flatten(0, 1)[: stop - at] for x in (o_, lse_))  # tokens h (e)
+            if mask is not None and not whole:
+                o_ = o_.masked_fill((lse_ < lowest / 2)[..., None], 0.0)
+            o[row, at:stop], lse[row, at:stop] = o_, lse_
+    return o.transpose(1, 2), lse.transpose(1, 2)
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, c: int) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
+    b, h, n, e = q.shape
+    return q.new_empty(b, n, h, e).transpose(1, 2), q.new_empty(b, n, h).transpose(1, 2)
+
+
+def _widened(
+    x: Tensor, columns: tuple[Tensor | float, ...], before: int, after: int, fill: tuple[float, ...]
+) -> Tensor:
+    """(h, n, e) with more columns (h, n) or (n,) behind its own, and tokens around it, zeros but for ``fill`` there."""
+    h, n, e = x.shape
+    made = x.new_zeros(h, before + n + after, e + len(columns))
+    made[:, before : before + n, :e] = x
+    for i, (column, other) in enumerate(zip(columns, fill, strict=True)):
+        made[:, :, e + i] = other
+        made[:, before : before + n, e + i] = column
+    return made
 
 
 @torch.library.custom_op("tevo::local_attention_backward", mutates_args=())
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, c: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b, h, n, _ = q.shape
+    b, h, n, e = q.shape
     cut = _cut(n, bias.shape[1] // 2, c)
-    w, side = cut.w, cut.before * cut.c
-    near = _addends(bias, cut, -torch.inf)  # h c w
-    existing = _existing(q, mask, cut)
+    w, side, blocks = cut.w, cut.side, cut.blocks
+    # powers of two, since torch's exp takes several times as long where it meets minus infinity
+    near = _addends(bias * LOG2_E, cut, -torch.inf)  # h c w
     k, v = plain._blank(mask, k, v)
     delta = (do * o).sum(-1)
-    # a query that is not there, or sees nothing, has weights of zero
-    lse = lse.masked_fill(lse < torch.finfo(q.dtype).min / 8, torch.inf)
-    qs, dos, deltas, sums = (
-        _in_blocks(x, cut, fill) for x, fill in ((q, 0.0), (do, 0.0), (delta, 0.0), (lse, torch.inf))
-    )
-    ks, vs = _windows(k, cut), _windows(v, cut)  # b h N e w
-    dq = torch.empty_like(qs)
-    dk, dv = (x.new_zeros(b, h, cut.blocks + 2 * cut.before, c, x.shape[-1]) for x in (k, v))
+    # a query that sees nothing has weights of zero
+    lse = lse.masked_fill(lse < torch.finfo(q.dtype).min / 8, -FAR) * LOG2_E
+    dq, dk, dv = (x.new_empty(b, n, h, e) for x in (q, k, v))
     total = torch.zeros_like(near)
     step = max(1, PIECE // (c * w))
     for row in range(b):
-        present = existing[row if mask is not None else 0]  # N w
+        absent: Tensor | float = 0.0 if mask is None else torch.where(mask[row], 0.0, FAR)
+        # products of longer rows are the exponents (eq. 1), and dP - rowsum(dO * O), without a pass of their own
+        qs = _widened(q[row] * LOG2_E, (-lse[row], 1.0), 0, cut.tail, (FAR, 1.0)).unflatten(1, (blocks, c))
+        dos = _widened(do[row], (-delta[row],), 0, cut.tail, (0.0,)).unflatten(1, (blocks, c))  # h N c e+1
+        ks = _widened(k[row], (1.0, absent), side, side + cut.tail, (1.0, FAR)).unfold(1, w, c)  # h N e+2 w
+        vs = _widened(v[row], (1.0,), side, side + cut.tail, (1.0,)).unfold(1, w, c)
+        sums = [x.new_zeros(h, blocks + 2 * cut.before, c, e) for x in (k, v)]
         for head in range(h):
-            here = row, head
-            for first in range(0, cut.blocks, step):
-                part = slice(first, min(first + step, cut.blocks))
-                q_, do_, k_, v_ = (x[here][part] for x in (qs, dos, ks, vs))
-                p = torch.baddbmm(near[head], q_, k_).sub_(sums[here][part][..., None])  # N c w
-                if not bool(present[part].all()):
-                    p.masked_fill_(~present[part][:, None], -torch.inf)
-                p.exp_()
-                ds = torch.baddbmm(-deltas[here][part][..., None], do_, v_).mul_(p)  # (eq. 2)
+            for first in range(0, blocks, step):
+                last = min(first + step, blocks)
+                q_, do_, k_, v_ = (x[head, first:last] for x in (qs, dos, ks, vs))
+                p = torch.baddbmm(near[head], q_, k_).exp2_()  # N c w
+                ds = torch.bmm(do_, v_).mul_(p)  # (eq. 2)
                 total[head] += ds.sum(0)
-                torch.bmm(ds, k_.mT, out=dq[here][part])
-                for gradient, weights, other in ((dk, ds, q_), (dv, p, do_)):
-                    windows = weights.mT @ other  # N w e
-                    for i, block in enumerate(windows.unflatten(1, (-1, c)).unbind(1)):
-                        gradient[here][first + i : first + i + len(block)] += block
+                here = torch.bmm(ds, k_[:, :e].mT).flatten(0, 1)
+                dq[row, first * c : last * c, head] = here[: n - first * c]
+                for x, weights, other in zip(sums, (ds, p), (q_[..., :e], do_[..., :e]), strict=True):
+                    # blocks of keys overlap, and are added to one after the other
+                    for i, part in enumerate(weights.split(c, 2)):
+                        x[head, first + i : last + i].baddbmm_(part.mT, other)
+        for x, into, factor in zip(sums, (dk, dv), (1 / LOG2_E, 1.0), strict=True):
+            into[row] = x.flatten(1, 2)[:, side : side + n].transpose(0, 1).mul_(factor)
     offset = _offsets(cut, q.device)
     seen = offset.abs() <= bias.shape[1] // 2
     dbias = torch.zeros_like(bias).index_add_(1, offset[seen] + bias.shape[1] // 2, total[:, seen])  # (eq. 3)
-    dq, dk, dv = (x.flatten(2, 3) for x in (dq, dk, dv))
-    dq, dk, dv = dq[:, :, :n], dk[:, :, side : side + n], dv[:, :, side : side + n]
+    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     if mask is not None:
-        dk, dv = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (dk, dv))
-    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dbias
+        dk, dv = (x.masked_fill_(~mask[:, None, :, None], 0.0) for x in (dk, dv))
+    return dq, dk, dv, dbias
 
 
 @_backward.register_fake
 def _(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, c: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias.new_empty(bias.shape)
+    b, h, n, e = q.shape
+    dq, dk, dv = (x.new_empty(b, n, h, e).transpose(1, 2) for x in (q, k, v))
+    return dq, dk, dv, bias.new_empty(bias.shape)
 
 
 class _Local(torch.autograd.Function):
