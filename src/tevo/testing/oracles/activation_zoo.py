@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -52,3 +54,16 @@ def phi(name: str, z: Tensor, learned: Tensor | None) -> Tensor:
         "ssu": lambda: half_turn * torch.sin(z) / (half_turn - z),
     }
     return forms[name]()
+
+
+def beside(system: ModuleType) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """The table's slopes against the derivatives of :func:`phi`, at numbers small and large, beside poles and kinks."""
+    z = torch.linspace(-6.53, 6.37, 130, dtype=torch.float64)
+    # below 0.05 the slope of sin(z) / z is a series; pi is where the decaying units have theirs
+    near = torch.tensor([-0.3, -0.049, -0.011, 0.004, 0.031, 0.2], dtype=torch.float64)
+    z = torch.cat([z, near, near + math.pi, near - math.pi]).requires_grad_()
+    for name, entry in system.ACTIVATIONS.items():
+        learned = None if entry.first is None else torch.tensor(0.7, dtype=torch.float64)
+        (theirs,) = torch.autograd.grad(phi(name, z, learned).sum(), z)
+        ours = entry.slope(z.detach()) if learned is None else entry.slope(z.detach(), learned)
+        yield f"slope of {name}", ours, theirs, 1e-10
