@@ -1,0 +1,87 @@
+"""Sampled mutants of every present system against the fast checks of its card: ``python -m tests.mutants.run``.
+
+Each mutant of ``SAMPLE`` (fixed seed) is planted alone; it is killed when any check fails. What survives stands in
+``results.json`` with the reason written in ``equivalents.json``, or without one: then it counts against the suite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tests.mutants.mutate import Mutant, apply, mutants
+from tests.mutants.planting import Failure, caught
+
+from tevo.catalogue.rows import rows
+
+SAMPLE, SEED = 300, 20
+HERE = Path(__file__).parent
+RESULTS, EQUIVALENTS = HERE / "results.json", HERE / "equivalents.json"
+
+
+def sampled(count: int = SAMPLE, seed: int = SEED) -> list[Mutant]:
+    """The sample, drawn from all mutants of the systems' files."""
+    every = [m for row in rows().values() if row.card and row.path for m in mutants(row.id, row.path)]
+    # by hash, so that a new system changes little of it
+    chosen = sorted(every, key=lambda m: hashlib.sha256(f"{seed} {m.name} {m.place}".encode()).digest())[:count]
+    return sorted(chosen, key=lambda m: (m.system, m.line, m.place, m.option))
+
+
+def fate(mutant: Mutant) -> Failure | None:
+    """The check that kills a mutant, None if it survives."""
+    return caught(mutant.system, mutant.path, apply(mutant))
+
+
+def summary(fates: dict[str, dict[str, object]]) -> dict[str, object]:
+    """Counts, and survivors with their reasons."""
+    reasons: dict[str, str] = json.loads(EQUIVALENTS.read_text(encoding="utf-8")) if EQUIVALENTS.exists() else {}
+    alive = [name for name, found in fates.items() if found["check"] is None]
+    equivalent = {name: reasons[name] for name in alive if name in reasons}
+    survivors = [name for name in alive if name not in reasons]
+    by: dict[str, int] = {}
+    for found in fates.values():
+        if found["check"] is not None:
+            by[str(found["check"])] = by.get(str(found["check"]), 0) + 1
+    killed = len(fates) - len(alive)
+    return {
+        "sampled": len(fates),
+        "seed": SEED,
+        "killed": killed,
+        "equivalent": len(equivalent),
+        "survived": len(survivors),
+        "killed_share": round(killed / max(1, len(fates) - len(equivalent)), 4),
+        "killed_by": dict(sorted(by.items(), key=lambda pair: -pair[1])),
+        "equivalents": equivalent,
+        "survivors": survivors,
+    }
+
+
+def main(names: list[str]) -> int:
+    """Run the sample, or those mutants of it whose name holds one of ``names``; only the whole sample is stored."""
+    torch.set_num_threads(1)
+    fates: dict[str, dict[str, object]] = {}
+    began = time.perf_counter()
+    for mutant in sampled():
+        if names and not any(name in mutant.name for name in names):
+            continue
+        start = time.perf_counter()
+        found = fate(mutant)
+        seconds = time.perf_counter() - start
+        check = found.check if found is not None else None
+        fates[mutant.name] = {"check": check, "why": found.why if found is not None else ""}
+        sys.stdout.write(f"{seconds:6.1f} s  {check or 'SURVIVED':<18} {mutant.system} {mutant.line}: {mutant.name}\n")
+        sys.stdout.flush()
+    result = summary(fates)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    if not names:
+        stored = {**result, "seconds": round(time.perf_counter() - began), "fates": fates}
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    return 0 if not result["survivors"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
