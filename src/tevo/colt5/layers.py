@@ -80,14 +80,19 @@ class RelativeBias(nn.Module):
         index = bucket(offset, causal=not self.bidirectional, buckets=self.buckets, max_distance=self.max_distance)
         return self.table[:, index]
 
-    def forward(self, q_at: Tensor, k_at: Tensor) -> Tensor:
-        """Positions (#b, n) of queries and (#b, m) of keys give (#b, h, n, m)."""
+    def forward(self, q_at: Tensor, k_at: Tensor, *, real: Tensor | None = None) -> Tensor:
+        """Positions (#b, n) of queries and (#b, m) of keys give (#b, h, n, m), lowest where keys are not ``real`` (b, m)."""
         # beyond max_distance nothing changes, so that one short row of numbers holds all there are
         most = self.max_distance
-        offset = (k_at[:, None, :] - q_at[:, :, None]).clamp_(-most, most).add_(most)  # b n m
+        table = self.by_offset(most)
+        index = (k_at[:, None, :] - q_at[:, :, None]).clamp_(-most, most).add_(most)  # b n m
+        if real is not None:
+            # finite, so that a row without any key has finite weights; a quarter, so that it stays so with a score added
+            table = F.pad(table, (0, 1), value=torch.finfo(table.dtype).min / 4)
+            index = index.masked_fill(~real[:, None], 2 * most + 1)
         # the gradient of gather is several times faster than that of an index
-        bias = self.by_offset(most).gather(1, offset.flatten().expand(len(self.table), -1))
-        return bias.unflatten(1, offset.shape).transpose(0, 1)
+        bias = table.gather(1, index.flatten().expand(len(table), -1))
+        return bias.unflatten(1, index.shape).transpose(0, 1)
 
 
 class GatedFeedForward(nn.Module):
@@ -215,27 +220,24 @@ class RoutedAttention(nn.Module):
         """As for :class:`LocalAttention`."""
         _initialise((self.q.weight, *self.kv.weight.chunk(2)), self.out.weight, self.heads)
 
-    def forward(
-        self, x: Tensor, queries: Routed, keys: Routed, *, positions: Tensor | None = None, full: bool = False
-    ) -> Tensor:
-        """``x`` (b, n, d), its routed tokens and ``positions`` (#b, n) give the weighted outputs (b, q, d).
-
-        ``full`` says that all slots of ``keys`` have a token, as they have where no token is padding or forbidden; masks of
-        all scores are then spared.
-        """
+    def forward(self, x: Tensor, queries: Routed, keys: Routed, *, positions: Tensor | None = None) -> Tensor:
+        """``x`` (b, n, d), its routed tokens and ``positions`` (#b, n) give the weighted outputs (b, q, d)."""
         k_in, v_in = self.kv_scores(take(x, keys.indices), keys.weights)
         if k_in is v_in:
             k, v = self.kv(k_in).chunk(2, -1)
         else:
             k, v = (F.linear(z, w) for z, w in zip((k_in, v_in), self.kv.weight.chunk(2), strict=True))
         q, k, v = (split_heads(z, self.heads) for z in (self.q(take(x, queries.indices)), k, v))
-        bias = None
-        if self.bias is not None:
+        bias, allowed = None, None
+        if self.bias is None:
+            allowed = keys.mask[:, None, None]
+        else:
             q_at, k_at = queries.indices, keys.indices
             if positions is not None:
                 q_at, k_at = (positions.expand(len(at), -1).gather(1, at) for at in (q_at, k_at))
-            bias = self.bias(q_at, k_at)
-        o = attention(q, k, v, allowed=None if full else keys.mask[:, None, None], bias=bias, scale=1.0)
+            # the addend does what a mask of all scores would; a row without any key has no queries that count either
+            bias = self.bias(q_at, k_at, real=keys.mask)
+        o = attention(q, k, v, allowed=allowed, bias=bias, scale=1.0)
         return self.out(merge_heads(o)) * queries.weights[..., None].to(x.dtype)
 
 
@@ -353,8 +355,7 @@ class ConditionalAttention(nn.Module):
             if self.kv_router is self.q_router
             else self.kv_router(x, scores=kv_scores, mask=mask, forced=forced, forbidden=forbidden)
         )
-        full = mask is None and forbidden is None
-        return add_at(y, queries.indices, self.heavy(x, queries, keys, positions=positions, full=full))
+        return add_at(y, queries.indices, self.heavy(x, queries, keys, positions=positions))
 
 
 class ConditionalLayer(nn.Module):
