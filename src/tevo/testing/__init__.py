@@ -1,6 +1,7 @@
 """The conformance checks, public: what a part's card claims, asked of its code."""
 
 # each adds its checks
+from tevo.testing import adapters as adapters
 from tevo.testing import declared as declared
 from tevo.testing import inference as inference
 from tevo.testing import interface as interface

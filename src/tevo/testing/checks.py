@@ -130,7 +130,8 @@ def compare_gradients(
         return worst
     generator = torch.Generator().manual_seed(5)
     cotangent = torch.randn(ours.shape, generator=generator, dtype=torch.float64).to(ours.dtype)
-    named = [(f"input {i}", x) for i, x in enumerate(inputs)] + list(module.named_parameters())
+    named = [(f"input {i}", x) for i, x in enumerate(inputs)]
+    named += [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     leaves = [leaf for _, leaf in named]
     mine = torch.autograd.grad(ours, leaves, cotangent, allow_unused=True)
     other = torch.autograd.grad(theirs, leaves, cotangent, allow_unused=True)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tevo.card import Card
 from tevo.catalogue.create import create
 from tevo.catalogue.rows import Row
-from tevo.contracts import Heads, Inference, Normaliser, Objective, Position, Residual, State, Stateful
+from tevo.contracts import Adapter, Heads, Inference, Normaliser, Objective, Position, Residual, State, Stateful
 from tevo.functional.masks import positions_of
 from tevo.mixers.softmax.softmax import SoftmaxAttention
 from tevo.models.causal_lm import CausalLM
+from tevo.models.encoder import Encoder
 
 # heads and width of a head of the seats built around normalisers and positions
 SEAT_HEADS, SEAT_WIDTH = 3, 4
@@ -180,6 +181,8 @@ class Subject:
         torch.manual_seed(0)
         if self.card.role == "inference":
             return self._reader(dtype, disturbed)
+        if self.card.role == "adapter":
+            return self.adapted(dtype=dtype, disturbed=disturbed)
         arguments = dict(self.example)
         # an objective's example names its model too, and the length that both are built for
         model = arguments.pop("model", None)
@@ -204,6 +207,22 @@ class Subject:
         if disturbed:
             disturb(seated)
         return seated.eval()
+
+    def host(self, *, depth: int = 2, dtype: torch.dtype = torch.float64) -> Encoder:
+        """The trained model that an adapter is given."""
+        torch.manual_seed(0)
+        model = Encoder(dim=self.dim, depth=depth, heads=self.heads, hidden_dim=19).to(dtype)
+        disturb(model)
+        return model.eval()
+
+    def adapted(self, *, depth: int = 2, dtype: torch.dtype = torch.float64, disturbed: bool = True) -> Encoder:
+        """The same model with the adapter attached; ``disturbed`` moves what is trained."""
+        model, adapter = self.host(depth=depth, dtype=dtype), self.cls(**self.example)
+        assert isinstance(adapter, Adapter)
+        adapter.attach(model)
+        if disturbed:
+            disturb(model, trained_only=True)
+        return model.eval()
 
     def _reader(self, dtype: torch.dtype, disturbed: bool) -> nn.Module:
         """The way to use a language model, around a small one; what it keeps texts in holds two."""
@@ -252,7 +271,7 @@ class Subject:
             return module(x)
         if role == "channel":
             return module(x, mask=mask)
-        if role in ("block", "stack"):
+        if role in ("block", "stack", "adapter"):
             return module(x, mask=mask, at=at)
         return module(x, context, mask=mask, at=at)
 
@@ -264,11 +283,13 @@ def token_ids(batch: int, n: int, *, seed: int = 1) -> Tensor:
     return ids
 
 
-def disturb(module: nn.Module) -> None:
+def disturb(module: nn.Module, *, trained_only: bool = False) -> None:
     """Move every parameter by a tenth of its own size plus a twentieth, from a fixed seed."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in module.parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
             parameter.add_(noise * (0.1 * parameter.abs() + 0.05))
 
