@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tevo import record
-from tevo.colt5 import Budget, Router, StraightThrough
+from tevo.colt5 import Budget, Router, StraightThrough, layers
 from tevo.colt5.layers import (
     KV_SCORES,
     ConditionalAttention,
@@ -428,3 +428,14 @@ def test_routing_by_name_and_of_ones_own_reach_the_layers() -> None:
 def test_what_does_not_fit_is_refused(make: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         make()  # type: ignore[operator]
+
+
+def test_without_a_graph_routed_attention_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = attention().double().eval(), randn(B, N, D)
+    mask = torch.arange(N).expand(B, N) < torch.tensor([[N], [N - 6]])
+    whole = module(x, mask=mask)
+    # one query at a time, and a few
+    for numbers in (1, 200):
+        monkeypatch.setattr(layers, "PIECE", numbers)
+        with torch.no_grad():
+            close(module(x, mask=mask), whole.detach(), 1e-13)

@@ -48,6 +48,10 @@ __all__ = [
 ]
 
 
+# scores of routed attention that are in memory at once where there is no graph
+PIECE = 2**22
+
+
 class RelativeBias(nn.Module):
     """T5's addend of the scores: a learned number per head and bucket of distance. One may serve many layers.
 
@@ -120,7 +124,8 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """(..., d) gives (..., d); tokens are independent, so a mask changes nothing."""
         gate, value = self.into(x).chunk(2, -1)
-        hidden = F.gelu(gate, approximate="tanh") * value
+        hidden = F.gelu(gate, approximate="tanh")
+        hidden = hidden * value if torch.is_grad_enabled() else hidden.mul_(value)
         return self.out(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
 
 
@@ -228,17 +233,23 @@ class RoutedAttention(nn.Module):
         else:
             k, v = (F.linear(z, w) for z, w in zip((k_in, v_in), self.kv.weight.chunk(2), strict=True))
         q, k, v = (split_heads(z, self.heads) for z in (self.q(take(x, queries.indices)), k, v))
-        bias, allowed = None, None
-        if self.bias is None:
-            allowed = keys.mask[:, None, None]
+        q_at, k_at = queries.indices, keys.indices
+        if positions is not None:
+            q_at, k_at = (positions.expand(len(at), -1).gather(1, at) for at in (q_at, k_at))
+        rows = max(1, PIECE // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or q.shape[2] <= rows:
+            o = self._attend(q, k, v, q_at, k_at, keys.mask)
         else:
-            q_at, k_at = queries.indices, keys.indices
-            if positions is not None:
-                q_at, k_at = (positions.expand(len(at), -1).gather(1, at) for at in (q_at, k_at))
-            # the addend does what a mask of all scores would; a row without any key has no queries that count either
-            bias = self.bias(q_at, k_at, real=keys.mask)
-        o = attention(q, k, v, allowed=allowed, bias=bias, scale=1.0)
+            # without a graph nothing of the size of all scores needs to exist
+            parts = zip(q.split(rows, 2), q_at.split(rows, 1), strict=True)
+            o = torch.cat([self._attend(part, k, v, at, k_at, keys.mask) for part, at in parts], 2)
         return self.out(merge_heads(o)) * queries.weights[..., None].to(x.dtype)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, real: Tensor) -> Tensor:
+        if self.bias is None:
+            return attention(q, k, v, allowed=real[:, None, None], scale=1.0)
+        # the addend does what a mask of all scores would; a row without any key has no queries that count either
+        return attention(q, k, v, bias=self.bias(q_at, k_at, real=real), scale=1.0)
 
 
 class ConditionalFeedForward(nn.Module):
