@@ -133,6 +133,28 @@ def test_each_form_equals_the_loops_with_gradients(form, joint: bool, norm: bool
     torch.testing.assert_close(grads[0], grads[1], rtol=0.0, atol=1e-11)
 
 
+@pytest.mark.parametrize("form", [lean, folded])
+def test_great_logits_take_the_careful_softmax(form) -> None:
+    # exponentials of these would overflow
+    outs = []
+    for function in (absorbed, form):
+        t = inputs()
+        t["q"] = (t["q"] * 300).detach()
+        total, mass = function(t, False, True, 0.1, *masks())
+        outs.append((total, mass))
+    assert outs[0][0].isfinite().all()
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("away", [0.0, 3.0, 1e4])
+def test_the_deviation_is_exact_however_far_a_token_is_from_the_origin(away: float) -> None:
+    x = torch.randn(3, 50, 17, generator=torch.Generator().manual_seed(5)) + away
+    found = reciprocal_deviation(x, 1e-3)
+    expected = (x.double().var(-1, correction=0) + 1e-3).rsqrt()
+    # what float32 leaves of x itself, when its mean is taken away
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6 + 1e-6 * away, atol=0.0)
+
+
 def three_passes(x: Tensor, q: Tensor, chunk: int, tracked: int = 3, keep: bool = False) -> Tensor:
     shared, rstd = Folded(1, False, 1e-8, keep, chunk=chunk), reciprocal_deviation(x, 1e-3)
     messenger = messages(x, rstd, tracked, K, shared)

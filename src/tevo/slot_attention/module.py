@@ -42,7 +42,8 @@ class Reading(NamedTuple):
     weights: Callable[[], Tensor]
 
 
-Reader = Callable[[Tensor, Tensor], Reading]
+# of normalised slots (b, k, d)
+Reader = Callable[[Tensor], Reading]
 
 
 class SlotAttention(nn.Module):
@@ -207,7 +208,8 @@ class SlotAttention(nn.Module):
         """
         slots, iterations = self._check(inputs, slots, num_slots, iterations, mask, slot_mask)
         slots = blank(slots, slot_mask)
-        read = self._reader(inputs, slots, iterations, Scene(mask, slot_mask))
+        with _island(inputs):
+            read = self._reader(inputs, slots, iterations, Scene(mask, slot_mask))
         count = _count(inputs, mask)
         last: list[Reading] = []
 
@@ -227,20 +229,17 @@ class SlotAttention(nn.Module):
 
     def _step(self, s: Tensor, read: Reader, count: Tensor) -> tuple[Reading, Tensor]:
         """Equations (2) to (4)."""
-        b, k, _ = s.shape
-        normed = self.norm_slots(s)
-        q = _by_heads(self.q(normed), self.heads)  # b h k e
         with _island(s):
-            reading = read(q.to(count.dtype) * self.competition.scale(q.shape[-1]), normed)
+            reading = read(self.norm_slots(s))
             u = self.aggregation(self, reading.total, reading.mass, count)  # (eq. 3)
-        u = u.to(s.dtype)
-        u = u.squeeze(1) if self.heads == 1 else u.transpose(1, 2).reshape(b, k, -1)  # b k he
+        u = _as(u, s.dtype)
+        u = u.squeeze(1) if self.heads == 1 else u.transpose(1, 2).flatten(2)  # b k he
         if self.merge is not None:
             u = self.merge(u)
         # autocast may return less than the state's precision
-        s = self.gru(u.flatten(0, 1).to(s.dtype), s.flatten(0, 1)).to(s.dtype).view(b, k, -1)
+        s = _as(self.gru(_as(u.flatten(0, 1), s.dtype), s.flatten(0, 1)), s.dtype).view_as(s)
         if self.mlp is not None and self.norm_mlp is not None:
-            s = s + self.mlp(self.norm_mlp(s)).to(s.dtype)
+            s = s + _as(self.mlp(self.norm_mlp(s)), s.dtype)
         return reading, s
 
     def _reader(self, x: Tensor, slots: Tensor, iterations: int, scene: Scene) -> Reader:
@@ -262,26 +261,44 @@ class SlotAttention(nn.Module):
                 heads=self.heads,
                 frozen=torch.is_grad_enabled() and not x.requires_grad,
             )
-        with _island(x):
-            if not absorbed:
-                return self._plain_reader(x, slots, scene)
-            # a compiler fuses better than pieces do, and need not know their number
-            plain = torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.numel() < core.MANY
-            if plain and not self._lean:
-                return self._absorbed_reader(x, scene)
-            return self._folded_reader(x, k, self.gradient.tracked(iterations), scene)
+        if not absorbed:
+            return self._plain_reader(x, slots, scene)
+        # a compiler fuses better than pieces do, and need not know their number
+        few = x.numel() < (core.MANY if torch.is_grad_enabled() else core.MORE)
+        if (few or torch.compiler.is_compiling()) and not self._lean:
+            return self._absorbed_reader(x, scene)
+        return self._folded_reader(x, k, self.gradient.tracked(iterations), scene)
+
+    def _queries(self, normed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Scaled queries (b, h, k, e) of normalised slots (b, k, d)."""
+        q = _by_heads(F.linear(normed, self.q.weight), self.heads)
+        return _as(q, dtype) * self.competition.scale(q.shape[-1])
 
     def _plain_reader(self, x: Tensor, slots: Tensor, scene: Scene) -> Reader:
         wide = _wide(x)
         gain, bias = self._affine(wide)
-        y = core.normalised(blank(x, scene.mask).to(wide), self.norm_eps, gain, bias)
+        y = core.normalised(_as(blank(x, scene.mask), wide), self.norm_eps, gain, bias)
         # not the bias either
         y = blank(y, scene.mask)
-        keys, values = (_by_heads(F.linear(y, part.weight.to(wide)), self.heads) for part in (self.k, self.v))
+        keys, values = (_by_heads(F.linear(y, _as(part.weight, wide)), self.heads) for part in (self.k, self.v))
         scene = self.competition.prepare(self, y, slots, scene)
+        if self.competition.local and x.shape[0] * x.shape[1] < core.FEW:
+            return self._short_reader(keys, values, scene)
 
-        def read(q: Tensor, normed: Tensor) -> Reading:
-            a = self.competition.weights(self, q, keys, normed, scene)
+        def read(normed: Tensor) -> Reading:
+            a = self.competition.weights(self, self._queries(normed, wide), keys, normed, scene)
+            return Reading(*core.read(a, values, eps=self.aggregation.eps, mask=scene.mask), lambda: a)
+
+        return read
+
+    def _short_reader(self, keys: Tensor, values: Tensor, scene: Scene) -> Reader:
+        """Of few keys and values (b, h, n, e), by which the queries' map can be multiplied once for all iterations."""
+        h, e = keys.shape[1], keys.shape[-1]
+        weight = (_as(self.q.weight, keys.dtype) * self.competition.scale(e)).unflatten(0, (h, e))  # h e d
+        keys = keys @ weight  # b h n d
+
+        def read(normed: Tensor) -> Reading:
+            a = self.competition.weights(self, _as(normed, keys.dtype)[:, None], keys, normed, scene)
             return Reading(*core.read(a, values, eps=self.aggregation.eps, mask=scene.mask), lambda: a)
 
         return read
@@ -293,8 +310,8 @@ class SlotAttention(nn.Module):
         gain, bias = self._affine(wide)
         key, value = self.k.weight.to(wide), self.v.weight.to(wide)
 
-        def read(q: Tensor, normed: Tensor) -> Reading:
-            qk, offset = core.absorb(q, key, gain, bias)
+        def read(normed: Tensor) -> Reading:
+            qk, offset = core.absorb(self._queries(normed, wide), key, gain, bias)
             a = self._map(qk, offset, xh, scene)
             total, mass = core.read(a.flatten(1, 2)[:, None], xh[:, None], eps=self.aggregation.eps, mask=scene.mask)
             total, mass = total.view_as(qk), mass.view(qk.shape[:3])
@@ -319,9 +336,9 @@ class SlotAttention(nn.Module):
         trained = x.requires_grad and graphed
         messages = core.messages(x, rstd, tracked if trained else 0, self.heads * k, shared, **masks)
 
-        def read(q: Tensor, normed: Tensor) -> Reading:
+        def read(normed: Tensor) -> Reading:
             gain, bias = self._affine(wide)
-            qk, offset = core.absorb(q, self.k.weight.to(wide), gain, bias)
+            qk, offset = core.absorb(self._queries(normed, wide), self.k.weight.to(wide), gain, bias)
             qk = qk.repeat_interleave(pieces, 0)
             offset = None if offset is None else offset.repeat_interleave(pieces, 0)
             plan, message = shared, None
@@ -349,9 +366,9 @@ class SlotAttention(nn.Module):
         plan = kernels.Plan(self.heads, self.competition.joint, self.norm_eps, self.aggregation.eps)
         one_pass = kernels.passes(x, plan, slots=k, tracked=tracked, mask=scene.mask, slot_mask=scene.slot_mask)
 
-        def read(q: Tensor, normed: Tensor) -> Reading:
+        def read(normed: Tensor) -> Reading:
             gain, bias = self._affine(wide)
-            qk, offset = core.absorb(q, self.k.weight.to(wide), gain, bias)
+            qk, offset = core.absorb(self._queries(normed, wide), self.k.weight.to(wide), gain, bias)
             total, mass = one_pass(qk, offset)
 
             def weights() -> Tensor:
@@ -430,6 +447,11 @@ def _by_heads(x: Tensor, heads: int) -> Tensor:
 def _island(x: Tensor) -> AbstractContextManager[object]:
     # entering one takes as long as a product of few slots
     return island(x) if not x.is_meta and torch.is_autocast_enabled(x.device.type) else nullcontext()
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # a cast to the same takes as long as a view
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
