@@ -194,7 +194,6 @@ class ActivatedFeedForward(ChannelMixer):
             )
         hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
         self.activation = activation
-        self.phi = ACTIVATIONS[activation].value
         self.into = nn.Linear(dim, hidden_dim, bias=bias)
         self.out = nn.Linear(hidden_dim, dim, bias=bias)
         first = ACTIVATIONS[activation].first
@@ -213,6 +212,7 @@ class ActivatedFeedForward(ChannelMixer):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """(b, n, d) gives (b, n, d); tokens are independent, so a mask changes nothing."""
-        z = self.into(x)
-        y: Tensor = self.out(self.phi(z) if self.learned is None else self.phi(z, self.learned))
+        # looked up here, because a module that holds a lambda cannot be pickled
+        z, phi = self.into(x), ACTIVATIONS[self.activation].value
+        y: Tensor = self.out(phi(z) if self.learned is None else phi(z, self.learned))
         return y

@@ -43,7 +43,7 @@ class SharedGaussian:
 
     def draw(self, owner: nn.Module, noise: Tensor) -> Tensor:
         """``noise`` (b, k, d) for any k."""
-        return owner.get_parameter("slots_mu") + owner.get_parameter("slots_log_sigma").exp() * noise
+        return _own(owner, "slots_mu") + _own(owner, "slots_log_sigma").exp() * noise
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class LearnedQueries:
 
     def draw(self, owner: nn.Module, noise: Tensor) -> Tensor:
         """``noise`` (b, k, d) for k up to the number of queries: the first k are used."""
-        queries: Tensor = owner.get_parameter("slots_queries")
+        queries = _own(owner, "slots_queries")
         k = noise.shape[1]
         if k > queries.shape[1]:
             raise ValueError(
@@ -122,5 +122,12 @@ class Background:
 
     def draw(self, owner: nn.Module, noise: Tensor) -> Tensor:
         """``noise`` (b, k, d); that of the first slot is not used."""
-        first = owner.get_parameter("slots_background").expand(noise.shape[0], -1, -1)
+        first = _own(owner, "slots_background").expand(noise.shape[0], -1, -1)
         return torch.cat([first, self.others.draw(owner, noise[:, 1:])], 1)
+
+
+def _own(owner: nn.Module, name: str) -> Tensor:
+    """A parameter of the owner, or the tensor that ``torch.func.functional_call`` has put in its place."""
+    value = getattr(owner, name)
+    assert isinstance(value, Tensor)
+    return value

@@ -10,6 +10,7 @@ from tevo.testing import numerics as numerics
 from tevo.testing import objectives as objectives
 from tevo.testing import seams as seams
 from tevo.testing import systems as systems
+from tevo.testing import trainability as trainability
 from tevo.testing.checks import CHECKS, GROUPS, Check, applicable
 from tevo.testing.report import (
     Report,

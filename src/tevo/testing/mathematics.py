@@ -370,3 +370,41 @@ def check_identity_at_start(s: Subject) -> float:
     """As ReZero and its kin promise."""
     x = s.inputs(2, s.sizes()[0])
     return close(s.name, s.call(s.make(disturbed=False), x), x, RUNGS["EXACT"])
+
+
+@check("Gradients are those of the function: directional derivatives by differences, in float64.", once=True, group="B")
+def check_gradient(s: Subject) -> float:
+    """A hand-written backward pass, a detach or a cast shows here, whatever the second formulation says."""
+    module = s.make()
+    n = s.sizes()[0]
+    x = s.inputs(2, min(n, 9) if s.any_length() else n)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(11)
+    leaves = [x.requires_grad_(), *parameters]
+    ways = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for leaf in leaves]
+    # together of length one, so that the steps stay within the part's smooth pieces (ReLU, choices of tokens)
+    size = sum(float(way.square().sum()) for way in ways) ** 0.5
+    ways = [way / size for way in ways]
+    y = s.call(module, x)
+    cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    gradients = torch.autograd.grad((y * cotangent).sum(), leaves, allow_unused=True)
+    slope = sum(float((g * way).sum()) for g, way in zip(gradients, ways, strict=True) if g is not None)
+
+    @torch.no_grad()
+    def moved(by: float) -> float:
+        for leaf, way in zip(leaves, ways, strict=True):
+            leaf.add_(way, alpha=by)
+        value = float((s.call(module, x) * cotangent).sum())
+        for leaf, way in zip(leaves, ways, strict=True):
+            leaf.sub_(way, alpha=by)
+        return value
+
+    # fourth-order differences: their error is h^4 and rounding / h, together far below the limit
+    h = 1e-4
+    difference = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h)
+    gap = abs(difference - slope) / max(abs(slope), 1e-3 * float(y.detach().norm()), 1e-300)
+    expect(
+        gap <= limit(s, "gradient", "F32"),
+        f"{s.name}: backward gives the slope {slope:.9g}, differences {difference:.9g}",
+    )
+    return gap

@@ -115,6 +115,11 @@ class Subject:
         return True
 
     @property
+    def costed(self) -> bool:
+        """Whether a growth of FLOPs is declared."""
+        return True
+
+    @property
     def name(self) -> str:
         """For messages: part(arguments)."""
         return f"{self.part}({', '.join(f'{k}={v!r}' for k, v in self.example.items())})"
@@ -163,6 +168,13 @@ class Subject:
         if isinstance(length, int):
             return tuple(sorted({length, max(1, length - 4), max(1, length // 2)}))
         return (13, 7, 29)
+
+    def boundaries(self) -> tuple[int, ...]:
+        """Lengths at which blocks, windows and counts of the part begin or end, as far as it can take them."""
+        own = [v for k, v in self.example.items() if type(v) is int and k not in ("dim", "heads") and 1 < v <= 48]
+        around = {w for v in (*own, 8, 16, 32) for w in (v - 1, v, v + 1)} | {1, 2, 3, 5}
+        longest = self.example.get("length", max(around))
+        return tuple(sorted(n for n in around if isinstance(longest, int) and n <= longest))
 
     def any_length(self) -> bool:
         """Whether lengths 0 and 1 make sense."""
@@ -238,6 +250,11 @@ class Subject:
             remember(texts)
         return part
 
+    def _count(self) -> None:
+        """One more input; not while compiling, which traces no such notes."""
+        if not torch.compiler.is_compiling():
+            self.runs["inputs"] += 1
+
     def part_of(self, seated: nn.Module) -> nn.Module:
         """The part inside its seat."""
         if self.card.role == "normaliser":
@@ -263,7 +280,7 @@ class Subject:
     ) -> Tensor:
         """Run the seated part, whatever its role's signature."""
         role = self.card.role
-        self.runs["inputs"] += 1
+        self._count()
         if isinstance(module, SeatedObjective):
             batch = module.batch(*x.shape[:2])
             return module({name: value.to(x.device) for name, value in batch.items()})

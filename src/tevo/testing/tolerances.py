@@ -11,6 +11,8 @@ RUNGS = {
     "F64": 1e-10,  # two formulations of one equation in float64
     "FFT": 1e-12,  # causality of FFT convolutions: leak relative to the largest gradient
     "F32": 1e-5,
+    "BF16": 2e-2,  # bfloat16 against float32 of the same weights: a few roundings of 2^-9 each
+    "CHOICE": 0.5,  # bfloat16 of parts that choose among tokens or keys: near ties are decided otherwise
 }
 
 

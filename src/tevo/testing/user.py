@@ -59,6 +59,11 @@ class UserSubject(Subject):
         return False
 
     @property
+    def costed(self) -> bool:
+        """Whether a growth of FLOPs is declared."""
+        return "cost" in self.given
+
+    @property
     def dim(self) -> int:
         """Width of the tokens."""
         return super().dim if "dim" in self.example or not self.width else self.width
@@ -75,7 +80,7 @@ class UserSubject(Subject):
         """Run the part with the arguments that it takes."""
         if self.card.role not in ("mixer", "channel", "block", "stack", "norm"):
             return super().call(module, x, context, mask=mask, at=at)
-        self.runs["inputs"] += 1
+        self._count()
         offered = {"context": context, "mask": mask, "at": at}
         y = module(x, **{name: value for name, value in offered.items() if value is not None and name in self.takes})
         return y[0] if isinstance(y, tuple) else y

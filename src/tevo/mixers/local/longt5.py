@@ -237,7 +237,8 @@ class _LongT5(TokenMixer):
         weight, d = self.q.weight, self.q.in_features
         near = weight.new_zeros(batch, self.heads, self.radius, len(weight) // self.heads)
         seen = torch.zeros(batch, self.radius, dtype=torch.bool, device=weight.device)
-        return near, near, seen, near[:, :, :0], near[:, :, :0], weight.new_zeros(batch, d), seen.sum(1)
+        under_way = weight.new_zeros(batch, d if self.block is not None else 0)
+        return near, near, seen, near[:, :, :0], near[:, :, :0], under_way, seen.sum(1)
 
     def step(
         self, x: Tensor, state: State, *, mask: Tensor | None = None, at: Tensor | None = None
