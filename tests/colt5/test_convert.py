@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
 import transformers
+from transformers.modeling_outputs import BaseModelOutput
 
 from tevo.colt5.config import CoLT5Config
 from tevo.colt5.convert import upcycle
+from tevo.colt5.layers import GatedFeedForward, LocalAttention, RelativeBias
+from tevo.colt5.longt5 import LongT5Layer, from_transformers
 
 _THEIRS = {
     "vocab_size": 61,
@@ -108,3 +114,55 @@ def test_other_sources_are_refused() -> None:
     relu = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**_THEIRS, "feed_forward_proj": "relu"}))
     with pytest.raises(ValueError, match="expected 'gated-gelu'"):
         upcycle(relu, _config())
+
+
+def _golden(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A small model of transformers with stored weights, and what it gave when they were stored."""
+    with np.load(Path(__file__).parents[1] / "golden" / "colt5" / "t5_longt5_a.npz") as file:
+        a = {k.removeprefix(f"{name}__"): torch.tensor(file[k]) for k in file.files if k.startswith(f"{name}__")}
+        a["mask"] = torch.tensor(file["mask"])
+        radius = int(file["longt5__local_radius"])
+    sizes = {**_THEIRS, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_decoder_layers": 2, "tie_word_embeddings": False}
+    if name == "t5v11":
+        source: nn.Module = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    else:
+        local = transformers.LongT5Config(**sizes, encoder_attention_type="local", local_radius=radius)
+        source = transformers.LongT5ForConditionalGeneration(local)
+    weights = {k.removeprefix("w__"): w for k, w in a.items() if k.startswith("w__")}
+    # transformers 5 makes one weight of embedding and head, whatever its configuration says
+    source.lm_head.weight = nn.Parameter(source.lm_head.weight.detach().clone())
+    missing, unexpected = source.load_state_dict(weights, strict=False)
+    assert unexpected == []
+    assert all("embed_tokens" in k for k in missing)
+    return source, a
+
+
+@pytest.mark.parametrize("name", ["t5v11", "longt5_local"])
+def test_upcycled_models_give_the_stored_outputs_and_tokens(name: str) -> None:
+    source, a = _golden(name)
+    sizes = {"dim": 24, "head_dim": 8, "hidden_dim": 40, "light_dim": 20, "heavy_dim": 40, "decoder_layers": 2}
+    # within 60 tokens light heads see all that heavy heads do
+    model = upcycle(source, _config(**sizes, radius=60)).eval()
+    mask, real = a["mask"], a["mask"].bool()
+    if name == "t5v11":
+        encoded = model.encoder(a["ids"], mask).last_hidden_state
+    else:
+        # all heads are local here, which is what our own LongT5 has; the decoder is CoLT5's
+        x = model.encoder.embed_tokens(a["ids"])
+        for i in range(2):
+            bias = RelativeBias(heads=3)
+            attention = LocalAttention(dim=24, heads=3, head_dim=8, radius=7, bias=bias)
+            layer = LongT5Layer(dim=24, attention=attention, feed_forward=GatedFeedForward(dim=24, hidden_dim=40))
+            layer.load_state_dict(from_transformers(source.encoder.state_dict(), layer=i))
+            x = layer(x, mask=real)
+        encoded = model.encoder.norm(x)
+
+    def close(ours: Tensor, theirs: Tensor) -> None:
+        # relative to the size of the outputs, as the README of the stored values asks for
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())
+
+    close(encoded[real], a["enc"][real])
+    given = {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded), "attention_mask": mask}
+    close(model(**given, decoder_input_ids=a["dec"]).logits, a["logits"])
+    tokens = model.generate(**given, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert torch.equal(tokens, a["greedy"])
