@@ -25,7 +25,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Server", "alternate", "measure_block", "measure_lengths"]
+__all__ = ["Server", "alternate", "child", "measure_block", "measure_lengths"]
 
 Job = dict[str, Any]
 Numbers = dict[str, Any]
@@ -130,6 +130,20 @@ def measure_lengths(
                         results.append(entry)
                         done(entry)
     return results
+
+
+def child(module: str, job: Job, *, patience: float) -> Numbers:
+    """What ``python -m module JOB`` prints, as JSON, with the job's threads, each on a CPU of its own; or ``error``: why not."""
+    environment = {**os.environ, **BOUND, "OMP_NUM_THREADS": str(job["threads"])}
+    command = [sys.executable, "-m", module, json.dumps(job)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {patience} s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]}
+    answer: Numbers = json.loads(done.stdout)
+    return answer
 
 
 def alternate(parts: Sequence[str], turn: int) -> list[str]:

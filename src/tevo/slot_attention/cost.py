@@ -10,8 +10,6 @@ import gc
 import importlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +23,8 @@ __all__ = ["FORMS", "PEER", "SHAPE", "measure"]
 SHAPE = {"batch": 16, "inputs": 16384, "width": 64, "slots": 7, "iterations": 3}
 FORMS: dict[str, dict[str, str]] = {"auto": {}, "lean": {"memory": "lean"}, "plain": {"form": "plain"}}
 PEER = "slot-attention"
+# the module itself, which is also run
+_HERE = "tevo.slot_attention.cost"
 _LEAST_ROUNDS, _PATIENCE = 3, 120
 
 
@@ -51,29 +51,15 @@ def measure(
     job = {"shape": dict(shape), "threads": threads, "seconds": seconds}
     forms: dict[str, dict[str, Any]] = {name: {} for name in names}
     say("measuring time")
-    times = _in_process({**job, "what": "time", "forms": names})
+    times = timing.child(_HERE, {**job, "what": "time", "forms": names}, patience=_PATIENCE)
     for name in names:
         say(f"measuring memory: {name}")
         forms[name] |= times.get(name, {"error": times.get("error", "no answer")})
-        forms[name] |= _in_process({**job, "what": "memory", "forms": [name]})
+        forms[name] |= timing.child(_HERE, {**job, "what": "memory", "forms": [name]}, patience=_PATIENCE)
     words = "batch {batch}, {inputs:,} inputs of width {width}, {slots} slots, {iterations} rounds, float32".format(
         **shape
     )
     return {"forms": forms, "shape": words, "threads": threads, "rounds": times.get("rounds", 0)}
-
-
-def _in_process(job: dict[str, Any]) -> dict[str, Any]:
-    environment = {**os.environ, **timing.BOUND, "OMP_NUM_THREADS": str(job["threads"])}
-    command = [sys.executable, "-m", "tevo.slot_attention.cost", json.dumps(job)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_PATIENCE, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {_PATIENCE} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-        return {"error": last}
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
 
 
 def _passes(name: str, shape: Mapping[str, int]) -> tuple[Callable[[], None], Callable[[], None]]:
