@@ -119,7 +119,7 @@ class Normaliser(nn.Module):
     def forward(self, scores: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Scores (b, h, n, m) and ``allowed`` (bool, broadcastable to them) give weights (b, h, n, m).
 
-        A row without an allowed key gives zeros.
+        A row without an allowed key gives zeros; the row of a query that is padding is one.
         """
         return softmax_weights(scores, allowed)
 

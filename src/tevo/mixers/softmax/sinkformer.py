@@ -33,7 +33,7 @@ CARD = Card(
     exports={"sinkformer": "Sinkhorn"},
     cost="n^2",
     flops="8 * n * d * d + 4 * n * n * d",
-    claims=("bidirectional", "cross", "equivariant"),
+    claims=("bidirectional", "cross", "padding", "equivariant"),
     examples=({"iterations": 3}, {"iterations": 1}, {"iterations": 4}, {"iterations": 7}),
     reduces_to=("softmax at iterations=1",),
     equals=(
@@ -46,10 +46,7 @@ CARD = Card(
         "The number of steps is fixed; the released code stops early where a step changes nothing (1e-12).",
         "Keys that may not be seen get nothing; the released code gives padding columns their share.",
     ),
-    notes=(
-        "No padding claim: attention tells a normaliser which keys are padding, not which queries are, and padded queries "
-        "take part in the sums over columns. It must not be used in causal attention."
-    ),
+    notes="It must not be used in causal attention.",
 )
 
 

@@ -113,10 +113,11 @@ class SoftmaxAttention(TokenMixer):
         attend: Tensor | None = None,
     ) -> Tensor:
         """``x`` (b, n, d), ``context`` (b, m, d), ``mask`` (b, m), ``at`` (#b, n), ``attend`` (#b, n, m) bool."""
-        n = x.shape[1]
+        n, queries = x.shape[1], None
         if context is None:
             check_mask("SoftmaxAttention", mask, x.shape[0], n)
-            x = context = blank(x, mask)
+            x, queries = blank(x, mask), mask
+            context = x
             q_at = k_at = positions_of(mask, n, device=x.device) if at is None else at
         else:
             check_mask("SoftmaxAttention", mask, context.shape[0], context.shape[1])
@@ -125,7 +126,8 @@ class SoftmaxAttention(TokenMixer):
             k_at = torch.arange(m, device=x.device)[None]
             q_at = torch.arange(n, device=x.device)[None] + (m - n if self.causal else 0) if at is None else at
         q, k, v = self.heads.split(x, context)
-        return self.heads.merge(self._attend(q, k, v, q_at, k_at, mask=mask, attend=attend, causal=self.causal))
+        o = self._attend(q, k, v, q_at, k_at, mask=mask, queries=queries, attend=attend, causal=self.causal)
+        return self.heads.merge(o)
 
     def _attend(
         self,
@@ -136,11 +138,15 @@ class SoftmaxAttention(TokenMixer):
         k_at: Tensor,
         *,
         mask: Tensor | None,
+        queries: Tensor | None,
         attend: Tensor | None,
         causal: bool,
         turn_keys: bool = True,
     ) -> Tensor:
-        """Q (b, h, n, e), k (b, g, m, e), v (b, g, m, v), ``mask`` (b, m) give (b, h, n, v)."""
+        """Q (b, h, n, e), k (b, g, m, e), v (b, g, m, v) give (b, h, n, v).
+
+        ``mask`` (b, m) tells real keys; ``queries`` (b, n) real queries, which matters to a normaliser alone.
+        """
         allowed = None if mask is None else mask[:, None, None, :]  # b 1 1 m
         if attend is not None:
             allowed = attend[:, None] if allowed is None else allowed & attend[:, None]  # b 1 n m
@@ -153,6 +159,9 @@ class SoftmaxAttention(TokenMixer):
         if self.normaliser is None and not (self.training and self.dropout):
             return attention(q, k, v, allowed=allowed, bias=bias, causal=causal)
         normaliser = self.normaliser if self.normaliser is not None else Normaliser()
+        if queries is not None:
+            rows = queries[:, None, :, None]  # b 1 n 1
+            allowed = rows if allowed is None else allowed & rows
         if causal and q.shape[2] > 1:
             triangle = causal_mask(q.shape[2], k.shape[2], q.device)
             allowed = triangle if allowed is None else allowed & triangle
@@ -213,7 +222,9 @@ class SoftmaxAttention(TokenMixer):
         v_cache, values = append(v_cache, v, past, dim=2)
         at_cache, k_at = append(at_cache, at, past, dim=1)
         seen, real = append(seen, new, past, dim=1)
-        o = self._attend(q, keys, values, at, k_at, mask=real, attend=None, causal=True, turn_keys=not cache_turned)
+        o = self._attend(
+            q, keys, values, at, k_at, mask=real, queries=mask, attend=None, causal=True, turn_keys=not cache_turned
+        )
         return self.heads.merge(o), (k_cache, v_cache, at_cache, seen, count + n)
 
     def join(self, states: Sequence[State], skip: Sequence[int]) -> State:
@@ -238,7 +249,7 @@ class SoftmaxAttention(TokenMixer):
         k, v, k_at, seen = (_tensor(leaf) for leaf in state)
         q, _, _ = self.heads.split(x, x[:, :0])
         q_at = torch.arange(x.shape[1], device=x.device)[None] if at is None else at
-        return self.heads.merge(self._attend(q, k, v, q_at, k_at, mask=seen, attend=None, causal=False))
+        return self.heads.merge(self._attend(q, k, v, q_at, k_at, mask=seen, queries=None, attend=None, causal=False))
 
     def _step_segment(
         self, x: Tensor, state: tuple[State, ...], mask: Tensor | None, at: Tensor | None
@@ -254,7 +265,7 @@ class SoftmaxAttention(TokenMixer):
         both, real = torch.cat([past, x], 1), torch.cat([seen, new], 1)
         both_at = torch.cat([past_at, at.expand(b, n)], 1)
         q, k, v = self.heads.split(x, both)
-        o = self._attend(q, k, v, at, both_at, mask=real, attend=None, causal=True)
+        o = self._attend(q, k, v, at, both_at, mask=real, queries=mask, attend=None, causal=True)
         kept = slice(max(0, both.shape[1] - self.memory), None)
         return self.heads.merge(o), (both[:, kept].detach(), real[:, kept], both_at[:, kept])
 
