@@ -18,13 +18,16 @@ from tevo.colt5.layers import (
     ConditionalLayer,
     GatedFeedForward,
     LocalAttention,
+    NormedTurn,
     RelativeBias,
     RoutedAttention,
     add_at,
+    by_document,
     norm_and_scores,
     take,
 )
 from tevo.norms.rms_norm import RMSNorm
+from tevo.positions.rope import RoPE, rotate
 from tevo.testing.subject import disturb
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "colt5"
@@ -420,6 +423,8 @@ def test_routing_by_name_and_of_ones_own_reach_the_layers() -> None:
         (lambda: LocalAttention(dim=4, heads=0, bias=None), "heads=0"),
         (lambda: LocalAttention(dim=4, heads=2, radius=0, bias=None), "radius=0"),
         (lambda: LocalAttention(dim=4, heads=2, bias=RelativeBias(heads=3)), "a bias for 3 heads and heads=2"),
+        (lambda: LocalAttention(dim=4, heads=4, bias=None, kv_heads=3), "kv_heads=3, expected a divisor of heads=4"),
+        (lambda: by_document(lambda x, mask: x, randn(B, N, D), torch.zeros(B, 3)), "expected whole numbers of shape"),
         (lambda: RoutedAttention(dim=4, heads=2, bias=None, kv_scores="keys"), "expected one of inputs, values, none"),
         (lambda: layer()(randn(B, N, D), mask=torch.ones(B, 3, dtype=torch.bool)), "expected torch.bool of shape"),
         (lambda: feed_forward().double()(randn(B, N, D), scores=randn(B, 3)), "one for each token"),
@@ -439,3 +444,93 @@ def test_without_a_graph_routed_attention_in_pieces_is_the_same(monkeypatch: pyt
         monkeypatch.setattr(layers, "PIECE", numbers)
         with torch.no_grad():
             close(module(x, mask=mask), whole.detach(), 1e-13)
+
+
+def modern(**options: object) -> ConditionalAttention:
+    """Rotary positions and normalised queries and keys in both branches, fewer heads of keys, no table of distance."""
+    made = {"heads": (2, 4), "light_bias": None, "heavy_bias": None, "head_dim": 4}
+    turns = {
+        "light_turn": NormedTurn(head_dim=4, then=RoPE(base=50.0)),
+        "heavy_turn": NormedTurn(head_dim=4, then=RoPE(base=50.0)),
+    }
+    torch.manual_seed(0)
+    module = attention(**(made | turns | {"light_kv_heads": 1, "heavy_kv_heads": 2} | options)).double()  # type: ignore[arg-type]
+    disturb(module)
+    return module.eval()
+
+
+def test_rotary_positions_normalised_scores_and_grouped_keys_equal_loops_over_heads() -> None:
+    module, x = modern(), randn(1, N, D)
+    at = 3 * torch.arange(N)[None] + 5
+    with record() as seen:
+        y = module(x, positions=at)
+    q_in, kv_in = seen["routed"]
+    w_q, w_kv = seen["routing_weights"]
+    light, heavy = module.light, module.heavy
+    keys = take(x, kv_in) * w_kv[..., None]
+    near = (torch.arange(N)[:, None] - torch.arange(N)).abs() <= 4
+    wanted = []
+    for branch, weights, q_x, k_x, q_at, k_at, groups, seen_by in (
+        (light, light.qkv.weight.split([8, 4, 4]), x, x, at, at, 1, near),
+        (
+            heavy,
+            (heavy.q.weight, *heavy.kv.weight.chunk(2)),
+            take(x, q_in),
+            keys,
+            at[:, q_in[0]],
+            at[:, kv_in[0]],
+            2,
+            None,
+        ),
+    ):
+        heads = []
+        for h in range(branch.heads):
+            g = h * groups // branch.heads
+            q, k, v = (z @ w[4 * i : 4 * i + 4].mT for z, w, i in zip((q_x, k_x, k_x), weights, (h, g, g), strict=True))
+            q, k = (
+                z / (z.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+                for z, norm in ((q, branch.turn.q_norm), (k, branch.turn.k_norm))
+            )
+            q, k = (rotate(z[:, None], a, 50.0)[:, 0] for z, a in ((q, q_at), (k, k_at)))
+            s = q @ k.mT / 2
+            heads.append((s if seen_by is None else s.masked_fill(~seen_by, -torch.inf)).softmax(-1) @ v)
+        wanted.append(torch.cat(heads, -1) @ branch.out.weight.mT)
+    close(y, add_at(wanted[0], q_in, wanted[1] * w_q[..., None]), 1e-12)
+
+
+def test_rotary_layers_see_differences_of_positions_only_and_no_padding() -> None:
+    module, x = modern(), randn(B, N, D)
+    at = torch.arange(N)[None]
+    close(module(x, positions=at + 100), module(x, positions=at), 1e-11)
+    padded, mask = F.pad(x, (0, 0, 6, 3), value=torch.nan), F.pad(torch.ones(B, N, dtype=torch.bool), (6, 3))
+    close(module(padded, mask=mask)[:, 6:-3], module(x), 1e-11)
+
+
+def test_packed_documents_are_as_if_alone() -> None:
+    made = layer(dtype=torch.float32)
+    x = randn(2, 41, D, dtype=torch.float32)
+    documents = torch.full((2, 41), -1)
+    pieces = [(0, 0, 17, 4), (0, 17, 18, 9), (0, 20, 41, 1), (1, 5, 39, 4)]
+    for row, start, end, name in pieces:
+        documents[row, start:end] = name
+    with record() as packed:
+        y = by_document(lambda rows, mask: made(rows, mask=mask), x, documents)
+    assert not y[documents < 0].any()
+    # documents are in the order of their rows, and of their numbers there
+    for i, (row, start, end, _) in enumerate(sorted(pieces, key=lambda piece: (piece[0], piece[3]))):
+        with record() as alone:
+            close(y[row, start:end], made(x[row : row + 1, start:end])[0], 1e-5)
+        for ours, theirs in zip(packed["routed"], alone["routed"], strict=True):
+            assert torch.equal(ours[i, : theirs.shape[1]], theirs[0])
+
+
+def test_packing_passes_gradients_and_takes_rows_without_tokens() -> None:
+    x = randn(1, 9, D).requires_grad_()
+    documents = torch.tensor([[0, 1, 1, -1, 0, 0, 2, 2, 2]])
+    y = by_document(lambda rows, mask: rows.cumsum(1), x, documents)
+    close(y[0, [0, 4, 5]], x[0, [0, 4, 5]].cumsum(0), 1e-14)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient[0, :, 0].tolist() == [3, 2, 1, 0, 2, 1, 3, 2, 1]
+    empty = by_document(lambda rows, mask: rows, x, torch.full((1, 9), -1))
+    assert not empty.any()
+    assert empty.shape == x.shape

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tevo.colt5.routers import Routed, Router
-from tevo.functional.attention import attention
+from tevo.contracts import Position
+from tevo.functional.attention import attention, spread
 from tevo.functional.local_attention import local_attention
 from tevo.functional.masks import blank, check_mask
 from tevo.functional.precision import island
@@ -43,8 +44,10 @@ __all__ = [
     "ConditionalLayer",
     "GatedFeedForward",
     "LocalAttention",
+    "NormedTurn",
     "RelativeBias",
     "RoutedAttention",
+    "by_document",
 ]
 
 
@@ -129,6 +132,25 @@ class GatedFeedForward(nn.Module):
         return self.out(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
 
 
+class NormedTurn(Position):
+    """QK-norm as a ``turn``: RMSNorm of queries and keys with gains, and the scale e^-1/2 that scores here lack.
+
+    Args:
+        head_dim: width e of a head.
+        eps: added to the mean square.
+        then: another turn after it, such as rotary positions.
+    """
+
+    def __init__(self, *, head_dim: int, eps: float = 1e-6, then: Position | None = None) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm, self.then = RMSNorm(dim=head_dim, eps=eps), RMSNorm(dim=head_dim, eps=eps), then
+
+    def turn(self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tensor]:
+        """Q (b, h, n, e) and k (b, g, m, e), normalised."""
+        q, k = self.q_norm(q) * q.shape[-1] ** -0.5, self.k_norm(k)
+        return (q, k) if self.then is None else self.then.turn(q, k, q_at, k_at)
+
+
 class LocalAttention(nn.Module):
     """Equation (3): LongT5's local attention, and CoLT5's light one.
 
@@ -138,28 +160,47 @@ class LocalAttention(nn.Module):
         head_dim: width e of a head.
         radius: tokens seen on each side, >= 1.
         bias: addend by distance, or None.
+        kv_heads: heads of keys and values, a divisor of ``heads``; by default as many.
+        turn: what is done to queries and keys before their products, with the contract of ``Position.turn``: rotary
+            positions (:class:`tevo.positions.rope.RoPE`), norms of both (:class:`NormedTurn`), or one after the other.
     """
 
     def __init__(
-        self, *, dim: int, heads: int, head_dim: int = 64, radius: int = 127, bias: RelativeBias | None
+        self,
+        *,
+        dim: int,
+        heads: int,
+        head_dim: int = 64,
+        radius: int = 127,
+        bias: RelativeBias | None,
+        kv_heads: int | None = None,
+        turn: Position | None = None,
     ) -> None:
         super().__init__()
-        _check_heads("LocalAttention", heads, head_dim, bias)
+        self.kv_heads = _check_heads("LocalAttention", heads, head_dim, bias, kv_heads)
         if radius < 1:
             raise ValueError(f"LocalAttention got radius={radius}, expected at least 1 token on each side")
-        self.heads, self.radius, self.bias = heads, radius, bias
-        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+        self.heads, self.head_dim, self.radius, self.bias, self.turn = heads, head_dim, radius, bias, turn
+        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """T5's normals; the queries' holds the scale that the scores lack."""
-        _initialise(self.qkv.weight.chunk(3), self.out.weight, self.heads)
+        _initialise(self.qkv.weight.split(self._widths()), self.out.weight, self.heads)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """``x`` (b, n, d), ``mask`` (b, n) give (b, n, d)."""
+    def _widths(self) -> list[int]:
+        return [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """``x`` (b, n, d), ``mask`` (b, n) give (b, n, d); ``positions`` (#b, n) are those of ``turn``, 0..n-1 by default."""
         check_mask("LocalAttention", mask, x.shape[0], x.shape[1])
-        q, k, v = (split_heads(z, self.heads) for z in self.qkv(blank(x, mask)).chunk(3, -1))
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = map(split_heads, self.qkv(blank(x, mask)).split(self._widths(), -1), heads)
+        if self.turn is not None:
+            at = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
+            q, k = self.turn.turn(q, k, at, at)
+        k, v = spread(k, self.heads), spread(v, self.heads)
         if self.bias is None:
             o = local_attention(q, k, v, radius=self.radius, mask=mask, scale=1.0)
         else:
@@ -197,6 +238,8 @@ class RoutedAttention(nn.Module):
         head_dim: width e of a head.
         bias: addend by distance in the text, or None.
         kv_scores: what the weights of the keys multiply, a name of ``KV_SCORES`` or a function of your own.
+        kv_heads: as for :class:`LocalAttention`.
+        turn: as for :class:`LocalAttention`, at the tokens' positions in the text.
     """
 
     def __init__(
@@ -207,17 +250,19 @@ class RoutedAttention(nn.Module):
         head_dim: int = 64,
         bias: RelativeBias | None,
         kv_scores: str | KvScores = "inputs",
+        kv_heads: int | None = None,
+        turn: Position | None = None,
     ) -> None:
         super().__init__()
-        _check_heads("RoutedAttention", heads, head_dim, bias)
+        self.kv_heads = _check_heads("RoutedAttention", heads, head_dim, bias, kv_heads)
         if isinstance(kv_scores, str) and kv_scores not in KV_SCORES:
             raise ValueError(
                 f"RoutedAttention got kv_scores={kv_scores!r}, expected one of {', '.join(KV_SCORES)}, or a function"
             )
-        self.heads, self.bias = heads, bias
+        self.heads, self.bias, self.turn = heads, bias, turn
         self.kv_scores = KV_SCORES[kv_scores] if isinstance(kv_scores, str) else kv_scores
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
+        self.kv = nn.Linear(dim, 2 * self.kv_heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
         self.reset_parameters()
 
@@ -232,11 +277,14 @@ class RoutedAttention(nn.Module):
             k, v = self.kv(k_in).chunk(2, -1)
         else:
             k, v = (F.linear(z, w) for z, w in zip((k_in, v_in), self.kv.weight.chunk(2), strict=True))
-        q, k, v = (split_heads(z, self.heads) for z in (self.q(take(x, queries.indices)), k, v))
+        q = split_heads(self.q(take(x, queries.indices)), self.heads)
+        k, v = (split_heads(z, self.kv_heads) for z in (k, v))
         q_at, k_at = queries.indices, keys.indices
         if positions is not None:
             q_at, k_at = (positions.expand(len(at), -1).gather(1, at) for at in (q_at, k_at))
-        rows = max(1, PIECE // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
+        if self.turn is not None:
+            q, k = self.turn.turn(q, k, q_at, k_at)
+        rows = max(1, PIECE // max(1, k.shape[0] * self.heads * k.shape[2]))
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or q.shape[2] <= rows:
             o = self._attend(q, k, v, q_at, k_at, keys.mask)
         else:
@@ -310,6 +358,10 @@ class ConditionalAttention(nn.Module):
         light_bias: addend by distance of the light branch, or None.
         heavy_bias: addend by distance of the heavy branch, or None.
         kv_scores: what the weights of the keys multiply, a name of ``KV_SCORES`` or a function of your own.
+        light_kv_heads: heads of keys and values of the light branch, a divisor of ``light_heads``; by default as many.
+        heavy_kv_heads: those of the heavy branch.
+        light_turn: rotary positions or norms of queries and keys of the light branch, see :class:`LocalAttention`.
+        heavy_turn: those of the heavy branch.
     """
 
     def __init__(
@@ -325,12 +377,30 @@ class ConditionalAttention(nn.Module):
         light_bias: RelativeBias | None,
         heavy_bias: RelativeBias | None,
         kv_scores: str | KvScores = "inputs",
+        light_kv_heads: int | None = None,
+        heavy_kv_heads: int | None = None,
+        light_turn: Position | None = None,
+        heavy_turn: Position | None = None,
     ) -> None:
         super().__init__()
         self.q_router, self.kv_router = q_router, kv_router
-        self.light = LocalAttention(dim=dim, heads=light_heads, head_dim=head_dim, radius=radius, bias=light_bias)
+        self.light = LocalAttention(
+            dim=dim,
+            heads=light_heads,
+            head_dim=head_dim,
+            radius=radius,
+            bias=light_bias,
+            kv_heads=light_kv_heads,
+            turn=light_turn,
+        )
         self.heavy = RoutedAttention(
-            dim=dim, heads=heavy_heads, head_dim=head_dim, bias=heavy_bias, kv_scores=kv_scores
+            dim=dim,
+            heads=heavy_heads,
+            head_dim=head_dim,
+            bias=heavy_bias,
+            kv_scores=kv_scores,
+            kv_heads=heavy_kv_heads,
+            turn=heavy_turn,
         )
 
     def forward(
@@ -348,14 +418,14 @@ class ConditionalAttention(nn.Module):
         Args:
             x: normalised tokens.
             mask: (b, n) bool, True = real token.
-            positions: (#b, n), of the tokens in the text, for the heavy branch; 0..n-1 by default. The light branch takes
-                tokens that stand side by side for neighbours.
+            positions: (#b, n), of the tokens in the text, for the heavy branch and for turns; 0..n-1 by default. The window and
+                the bias of the light branch take tokens that stand side by side for neighbours.
             scores: (b, n) of the routers of queries and of keys, if they are known already.
             forced: (b, n) bool, True = take the heavy branch, as query and as key.
             forbidden: (b, n) bool, True = never take it.
         """
         x = blank(x, mask)
-        y = self.light(x, mask=mask)
+        y = self.light(x, mask=mask, positions=positions)
         if x.numel() == 0:
             return y
         q_scores, kv_scores = (None, None) if scores is None else scores
@@ -432,6 +502,45 @@ def norm_and_scores(norm: RMSNorm, x: Tensor, routers: tuple[Router, ...]) -> tu
     return y, tuple(y.new_zeros(y.shape[:-1], dtype=dtype) if w is None else next(found) for w in weights)
 
 
+def by_document(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, documents: Tensor) -> Tensor:
+    """What ``f`` makes of each document by itself, where several are packed in one row.
+
+    Documents become rows, padded to the longest, so that none sees, or is routed with, tokens of another.
+
+    Args:
+        f: tokens (documents, longest, ...) and their mask (documents, longest) to (documents, longest, d): a layer, or a
+            whole encoder of token ids.
+        x: (b, n, ...) packed tokens or ids.
+        documents: (b, n) whole numbers, the same for tokens of one document of a row; negative for padding.
+
+    Returns:
+        (b, n, d), zeros at padding.
+
+    Raises:
+        ValueError: if ``documents`` is not (b, n) of whole numbers.
+    """
+    if documents.shape != x.shape[:2] or documents.is_floating_point() or documents.dtype == torch.bool:
+        raise ValueError(
+            f"by_document got documents of dtype {documents.dtype} and shape {tuple(documents.shape)}, expected whole numbers of "
+            f"shape {tuple(x.shape[:2])}, one for each token"
+        )
+    b, n = documents.shape
+    real = (documents >= 0).flatten().nonzero().squeeze(-1)
+    row = real // n if n else real
+    known = documents.flatten()[real]
+    _, which, counts = (row * (known.max() + 1 if len(known) else 1) + known).unique(
+        return_inverse=True, return_counts=True
+    )
+    order = which.argsort(stable=True)
+    which, real = which[order], real[order]
+    slot = torch.arange(len(real), device=x.device) - (counts.cumsum(0) - counts)[which]
+    longest = int(counts.max()) if len(counts) else 0
+    rows = x.new_zeros(len(counts), longest, *x.shape[2:])
+    rows[which, slot] = x.flatten(0, 1)[real]
+    y = f(rows, torch.arange(longest, device=x.device) < counts[:, None])
+    return y.new_zeros(b * n, y.shape[-1]).index_put((real,), y[which, slot]).unflatten(0, (b, n))
+
+
 def take(x: Tensor, indices: Tensor) -> Tensor:
     """The tokens ``indices`` (b, c) of ``x`` (b, n, d): (b, c, d)."""
     return x.flatten(0, 1).index_select(0, _rows(x, indices)).unflatten(0, indices.shape)
@@ -447,11 +556,15 @@ def _rows(x: Tensor, indices: Tensor) -> Tensor:
     return (indices + n * torch.arange(b, device=x.device)[:, None]).flatten()
 
 
-def _check_heads(owner: str, heads: int, head_dim: int, bias: RelativeBias | None) -> None:
+def _check_heads(owner: str, heads: int, head_dim: int, bias: RelativeBias | None, kv_heads: int | None) -> int:
     if heads < 1 or head_dim < 1:
         raise ValueError(f"{owner} got heads={heads}, head_dim={head_dim}; expected at least 1 each")
     if bias is not None and len(bias.table) != heads:
         raise ValueError(f"{owner} got a bias for {len(bias.table)} heads and heads={heads}; give one of as many heads")
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{owner} got kv_heads={kv_heads}, expected a divisor of heads={heads}")
+    return kv_heads
 
 
 def _initialise(qkv: tuple[Tensor, ...], out: Tensor, heads: int) -> None:
