@@ -46,14 +46,14 @@ class Mutant:
     path: Path
     function: str
     line: int
-    place: int  # of the node, in the order of ``ast.walk`` over the function
+    place: int  # of the node, in the order of ``ast.walk`` over the function: stable while the function is
     option: int
     what: str
 
     @property
     def name(self) -> str:
-        """For lists: stable while the function is."""
-        return f"{self.path.stem}.{self.function}: {self.what}"
+        """For lists."""
+        return f"{self.path.stem}.{self.function} {self.place}: {self.what}"
 
 
 def variants(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:

@@ -27,7 +27,7 @@ def sampled(count: int = SAMPLE, seed: int = SEED) -> list[Mutant]:
     """The sample, drawn from all mutants of the systems' files."""
     every = [m for row in rows().values() if row.card and row.path for m in mutants(row.id, row.path)]
     # by hash, so that a new system changes little of it
-    chosen = sorted(every, key=lambda m: hashlib.sha256(f"{seed} {m.name} {m.place}".encode()).digest())[:count]
+    chosen = sorted(every, key=lambda m: hashlib.sha256(f"{seed} {m.path.stem}.{m.function}: {m.what} {m.place}".encode()).digest())[:count]
     return sorted(chosen, key=lambda m: (m.system, m.line, m.place, m.option))
 
 
@@ -61,25 +61,29 @@ def summary(fates: dict[str, dict[str, object]]) -> dict[str, object]:
 
 
 def main(names: list[str]) -> int:
-    """Run the sample, or those mutants of it whose name holds one of ``names``; only the whole sample is stored."""
+    """Run what is not stored yet of the sample, and those mutants of it whose name holds one of ``names`` again."""
     torch.set_num_threads(1)
-    fates: dict[str, dict[str, object]] = {}
-    began = time.perf_counter()
-    for mutant in sampled():
-        if names and not any(name in mutant.name for name in names):
+    stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"fates": {}, "seconds": 0}
+    sample = {mutant.name: mutant for mutant in sampled()}
+    again = {n for n in sample if any(word in n for word in names)}
+    fates: dict[str, dict[str, object]] = {n: f for n, f in stored["fates"].items() if n in sample and n not in again}
+    seconds = stored["seconds"] if fates else 0
+    for name, mutant in sample.items():
+        if name in fates:
             continue
-        start = time.perf_counter()
+        start = time.process_time()
         found = fate(mutant)
-        seconds = time.perf_counter() - start
-        check = found.check if found is not None else None
-        fates[mutant.name] = {"check": check, "why": found.why if found is not None else ""}
-        sys.stdout.write(f"{seconds:6.1f} s  {check or 'SURVIVED':<18} {mutant.system} {mutant.line}: {mutant.name}\n")
+        took = time.process_time() - start
+        seconds += took
+        fates[name] = {"check": found and found.check, "why": found.why if found is not None else ""}
+        sys.stdout.write(f"{took:6.1f} s  {found.check if found else 'SURVIVED':<18} {mutant.line}: {name}\n")
         sys.stdout.flush()
-    result = summary(fates)
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    if not names:
-        stored = {**result, "seconds": round(time.perf_counter() - began), "fates": fates}
-        RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        # stored each time, so that a run that is cut off goes on where it was
+        result = {**summary(fates), "seconds": round(seconds, 1), "fates": {n: fates[n] for n in sample if n in fates}}
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {**summary(fates), "seconds": round(seconds, 1), "fates": {n: fates[n] for n in sample}}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps({k: v for k, v in result.items() if k != "fates"}, indent=1) + "\n")
     return 0 if not result["survivors"] else 1
 
 

@@ -540,6 +540,14 @@ def test_a_damaged_npz_is_refused(content: bytes, tmp_path: Path) -> None:
         ArrayFile(tmp_path / "a.npz")
 
 
+def test_a_header_that_is_no_python_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "image.npy", np.zeros((2, 3, 3, 3), np.uint8))
+    content = (tmp_path / "image.npy").read_bytes()
+    (tmp_path / "image.npy").write_bytes(content.replace(b"}", b"("))
+    with pytest.raises(ValueError, match=r"no readable .npz file or folder of .npy files"):
+        ArrayFile(tmp_path)
+
+
 def test_a_conversion_may_keep_some_scenes(tmp_path: Path) -> None:
     scene = multi_dsprites_like(0, range(30))
     np.savez(tmp_path / "a.npz", **scene)

@@ -75,6 +75,16 @@ def test_a_restored_model_is_the_trained_one(tmp_path: Path) -> None:
     assert same(dict(model.state_dict()), stored)
 
 
+def test_a_recipe_changed_by_one_digit_is_refused(tmp_path: Path) -> None:
+    lm.run(LanguageModelRecipe(**SMALL), folder=tmp_path)
+    path = tmp_path / "recipe.json"
+    text = path.read_text()
+    assert '"examples": ' in text
+    path.write_text(text.replace('"examples": ', '"examples": 1', 1))
+    with pytest.raises(ValueError, match=r"recipe\.json is not the one that checkpoint step-\d+ was made with"):
+        lm.restore(tmp_path)
+
+
 def test_embeddings_do_not_decay(tmp_path: Path) -> None:
     from tevo.training.loop import parameter_groups
 

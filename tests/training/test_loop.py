@@ -106,6 +106,7 @@ def test_resumed_metrics_hold_each_step_once(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         run_toy(tmp_path, watch=Listener(at=7, act=stop_hard), **SHORT)
     with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('7\n{"stop": 6}\n{"step": "6"}\n')  # damaged lines
         file.write('{"step": 8, "lo')  # a writer killed half-way
     run_toy(tmp_path, **SHORT)
     found = records(tmp_path)

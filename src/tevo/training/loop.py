@@ -14,6 +14,7 @@ processes and versions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -218,6 +219,13 @@ def restore_model(model: nn.Module, folder: Path) -> int:
     if newest is None:
         raise ValueError(f"{folder} has no checkpoint; expected a run folder that `tevo train` made")
     found = checkpoint.load(newest)
+    # a digit changed in the recipe would evaluate something else without a word
+    stored, made_by = _digest(folder / "recipe.json"), found.meta.get("recipe_sha256")
+    if made_by is not None and stored != made_by:
+        raise ValueError(
+            f"{folder / 'recipe.json'} is not the one that checkpoint {newest.name} was made with (SHA-256 {stored[:12]}..., "
+            f"expected {made_by[:12]}...); undo the change"
+        )
     _load(model, _below(found.tensors, "trainee.model."), where=f"checkpoint {newest}")
     return found.step
 
@@ -408,6 +416,7 @@ class _Run:
             scaler = self.accelerator.scaler
             meta = {
                 "recipe_hash": self.recipe.hash,
+                "recipe_sha256": _digest(self.folder / "recipe.json"),
                 "facts": _as_json(self.task.facts),
                 "environment": self._environment(),
                 "seconds": self.seconds,
@@ -515,14 +524,20 @@ def _records(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            break  # the half line of a killed writer; nothing valid follows it
-        records.append(record)
+            continue  # the half line of a killed writer, or a damaged one
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
 def _last_score(folder: Path, metric: str) -> float | None:
-    scores = [r[f"valid_{metric}"] for r in _records(folder / "metrics.jsonl") if f"valid_{metric}" in r]
-    return scores[-1] if scores else None
+    scores = [r.get(f"valid_{metric}") for r in _records(folder / "metrics.jsonl")]
+    numbers = [score for score in scores if isinstance(score, float)]
+    return numbers[-1] if numbers else None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
 
 
 def _summary_writer() -> Any:
