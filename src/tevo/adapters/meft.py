@@ -54,10 +54,8 @@ CARD = Card(
     examples=(
         {"part": "meft1", "rank": 5},
         {"part": "meft1", "rank": 2, "factors": (0.9, 0.7)},
-        {"part": "meft2", "rank": 5},
         {"part": "meft2", "rank": 3, "factors": (0.9, 0.7)},
         {"part": "meft3", "rank": 5, "factors": (0.9, 0.7)},
-        {"part": "meft3", "rank": 2, "factors": (1.0, 1.0)},
     ),
     equals=(
         "BaohaoLiao/mefts 1d1c96160594 on the BERT layers of transformers 4.57.1, gradients of both its reversible and "

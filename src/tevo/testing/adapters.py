@@ -32,9 +32,11 @@ def copies(model: Encoder) -> dict[str, Tensor]:
 def check_trains_its_own(s: Subject) -> float:
     """What is frozen must stay as it was to the last bit, or the model cannot be shared among tasks."""
     model = s.host()
+    size = sum(p.numel() for p in model.parameters())
     given = adapter_of(s).attach(model)
     wanted = {id(p) for p in model.parameters() if p.requires_grad}
-    expect(bool(given), f"{s.name} leaves nothing to train")
+    count = sum(p.numel() for p in given)
+    expect(0 < count < size, f"{s.name} trains {count} numbers of a model with {size}")
     expect({id(p) for p in given} == wanted, f"{s.name}: what attach gives is not what requires a gradient")
     before, ids = copies(model), {n for n, p in model.named_parameters() if p.requires_grad}
     x = s.inputs(2, s.sizes()[0])

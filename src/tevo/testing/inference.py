@@ -41,7 +41,7 @@ def after(part: Inference, texts: list[Tensor], tokens: Tensor, pieces: tuple[in
 
 
 @check("Scores (b, n, V) have the model's dtype, and their softmax is a distribution.", seat="inference")
-def check_scores(s: Subject) -> float:
+def check_distribution(s: Subject) -> float:
     """They are sampled from."""
     for dtype in (torch.float64, torch.float32):
         part = made(s, dtype=dtype)
