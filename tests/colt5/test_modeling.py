@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from tevo import record
 from tevo.colt5.config import CoLT5Config
+from tevo.colt5.layers import by_document
 from tevo.colt5.modeling import CoLT5EncoderModel, CoLT5ForConditionalGeneration, CoLT5Model
 from tevo.positions.t5_bias import bucket
 
@@ -155,6 +158,42 @@ def test_padding_of_either_side_changes_no_logits(left: bool) -> None:
     masks = (torch.zeros_like(pad), ones) if left else (ones, torch.zeros_like(pad))
     padded = model(torch.cat(sides, 1), attention_mask=torch.cat(masks, 1), decoder_input_ids=targets).logits
     torch.testing.assert_close(padded, alone, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 80), st.integers(0, 50), st.integers(0, 50), st.booleans(), st.integers(0, 2**31))
+def test_padding_other_rows_and_packing_change_nothing_in_float32(
+    n: int, before: int, after: int, nothing: bool, seed: int
+) -> None:
+    model = _model().float()
+    width, text, targets = before + n + after, _ids(1, n, seed), _ids(1, 5, seed + 1)
+    ids, mask = _ids(3, width, seed + 2), torch.ones(3, width, dtype=torch.long)
+    ids[1, before : before + n] = text
+    mask[1] = 0
+    mask[1, before : before + n] = 1
+    if nothing:
+        mask[2] = 0
+    with torch.no_grad(), record() as alone:
+        wanted = model(text, decoder_input_ids=targets)
+    with torch.no_grad(), record() as together:
+        found = model(ids, attention_mask=mask, decoder_input_ids=targets.expand(3, -1))
+    encoded = wanted.encoder_last_hidden_state[0]
+    # the figure that is asked for
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    close(found.encoder_last_hidden_state[1, before : before + n], encoded)
+    close(found.logits[1], wanted.logits[0])
+    assert found.logits.isfinite().all()
+    for ours, theirs in zip(together["routed"], alone["routed"], strict=True):
+        assert torch.equal(ours[1, : theirs.shape[1]] - before, theirs[0])
+    # three documents in one row: other tokens, the text, other tokens
+    at = torch.arange(width)[None]
+    documents = (at >= before).long() + (at >= before + n)
+
+    def encode(rows: Tensor, real: Tensor) -> Tensor:
+        return model.encoder(rows, real).last_hidden_state
+
+    with torch.no_grad():
+        close(by_document(encode, ids[1:2], documents)[0, before : before + n], encoded)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}])
