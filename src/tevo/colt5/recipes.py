@@ -52,6 +52,7 @@ class CoLT5Recipe(Recipe):
     names: int = option(64, "lookup: different names")
     values: int = option(32, "lookup: different values")
     facts: tuple[int, ...] = option((), "lookup, documents: facts or documents of an input, a number for each phase")
+    told: tuple[float, ...] = option((), "lookup: share of questions that say their answer, a number for each phase")
     routing: Literal["learned", "static", "random", "none", "dense"] = option(
         "learned", "learned, static, random, none (no heavy branch) or dense (it takes all tokens)"
     )
@@ -70,12 +71,22 @@ class CoLT5Recipe(Recipe):
     light_dim: int = option(64, "width inside the feed-forward of all tokens")
     heavy_dim: int = option(256, "width inside the feed-forward of routed tokens")
     hidden_dim: int = option(128, "width inside the decoder's feed-forward")
+    start: Literal["paper", "mimetic"] = option(
+        "paper", "paper (T5's initial weights), or mimetic (equal tokens find each other from the first step)"
+    )
     radius: int = option(8, "tokens that the window sees on each side")
     dropout: float = option(0.0, "share of activations dropped in training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("lengths", "phases", "rows", "shares", *(["facts"] if self.facts else []))
+        names = (
+            "lengths",
+            "phases",
+            "rows",
+            "shares",
+            *(["facts"] if self.facts else []),
+            *(["told"] if self.told else []),
+        )
         counts = {name: len(getattr(self, name)) for name in names}
         if len(set(counts.values())) > 1 or not self.lengths:
             said = ", ".join(f"{name} has {count}" for name, count in counts.items())
@@ -89,6 +100,10 @@ class CoLT5Recipe(Recipe):
             raise ValueError(f"eps are {self.eps}, expected numbers above 0")
         if self.facts and self.task not in ("lookup", "documents"):
             raise ValueError(f"facts are {self.facts} for task={self.task}, which has none; leave them out")
+        if self.told and self.task != "lookup":
+            raise ValueError(f"told is {self.told} for task={self.task}, which cannot tell; leave it out")
+        if not all(0 <= told <= 1 for told in self.told):
+            raise ValueError(f"told is {self.told}, expected shares from 0 to 1")
         if self.compile:
             raise ValueError("compile is true, but each step of colt5 routes another number of tokens; leave it out")
         for name in ("dim", "layers", "decoder_layers", "light_heads", "heavy_heads", "heads", "head_dim"):
@@ -140,17 +155,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "examples": 32,
         "threads": 1,
     },
-    # minutes on one core: inputs of 2,048 words with 64 facts, four of which are asked for
+    # minutes on two cores: inputs of 2,048 words with 32 facts, four of which are asked for
     "lookup": {
-        "steps": 1300,
-        "lengths": (128, 512, 2048),
-        "phases": (8, 3, 2),
-        "rows": (4, 2, 1),
-        "shares": (0.125, 0.0625, 0.0625),
-        "facts": (16, 32, 64),
-        "eval_every": 325,
-        "save_every": 325,
-        "threads": 1,
+        "steps": 1150,
+        "batch": 4,
+        "lr": 1e-3,
+        "lengths": (64, 64, 128, 512, 2048),
+        "phases": (200, 300, 250, 250, 150),
+        "rows": (8, 8, 8, 2, 1),
+        "shares": (1.0, 1.0, 0.25, 0.0625, 0.0625),
+        "facts": (12, 12, 16, 24, 32),
+        "told": (0.7, 0.2, 0.2, 0.1, 0.0),
+        "names": 32,
+        "start": "mimetic",
+        "eps": (1.0, 1.0),
+        "light_heads": 2,
+        "heavy_heads": 2,
+        "heads": 2,
+        "head_dim": 32,
+        "radius": 3,
+        "eval_every": 1150,
+        "save_every": 575,
+        "threads": 2,
     },
     # 16 documents of 4 sentences among 2,048 words; one is asked for
     "documents": {

@@ -25,6 +25,7 @@ from tevo.colt5.layers import ConditionalLayer
 from tevo.colt5.modeling import CoLT5ForConditionalGeneration
 from tevo.colt5.recipes import CoLT5Recipe
 from tevo.colt5.routers import SoftTopK
+from tevo.colt5.start import mimetic_start
 from tevo.colt5.tasks import Documents, LongTask, Lookup, Modules, Passkey
 from tevo.colt5.tasks.contract import END, PAD, WordTask
 from tevo.colt5.tasks.modules import tokens_of
@@ -114,6 +115,7 @@ class Curriculum:
 def _task(recipe: CoLT5Recipe, phase: int) -> LongTask:
     length, examples = recipe.lengths[phase], recipe.examples
     facts = recipe.facts[phase] if recipe.facts else None
+    told = recipe.told[phase] if recipe.told else 0.0
     if recipe.task == "modules":
         return Modules(ask=recipe.ask, length=length, examples=examples)
     if recipe.task == "passkey":
@@ -128,6 +130,7 @@ def _task(recipe: CoLT5Recipe, phase: int) -> LongTask:
         hops=recipe.hops,
         names=recipe.names,
         values=recipe.values,
+        told=told,
         examples=examples,
     )
 
@@ -309,6 +312,8 @@ def build_model(recipe: CoLT5Recipe, task: Curriculum) -> Answerer:
         eos_token_id=END,
     )
     model = CoLT5ForConditionalGeneration(config)
+    if recipe.start == "mimetic":
+        mimetic_start(model)
     if recipe.routing == "none":
         layers: list[Any] = list(model.encoder.layers)
         model.encoder.layers = nn.ModuleList(LightLayer(layer) for layer in layers)

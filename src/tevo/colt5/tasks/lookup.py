@@ -1,11 +1,11 @@
-"""Look-up: several names are asked for at once; each stands somewhere in a long text, before its value.
+"""Look-up: several names are asked for at once; each stands somewhere in a long text, behind its value.
 
-    1 baben 2 koven . <word> koven dabil <word> ... baben fovil ...        fovil dabil
-    hops=2:         . <word> koven faven ... faven dabil ...                     dabil
+    1 baben 2 koven . <word> dabil koven <word> ... fovil baben ...        1 fovil 2 dabil
+    hops=2:         . <word> faven koven ... dabil faven ...                      2 dabil
 
 Names and values look different from all other words, so that what matters can be told without the question; which value is
 asked for cannot. What has to meet: each question, at the beginning, with the one place of as many as there are facts. A
-decoder's first layer knows no question yet, each further layer may follow one hop by itself: in an encoder-decoder whose
+decoder's first layer knows no name yet, each further layer may follow one hop by itself: in an encoder-decoder whose
 decoder has no more layers than hops, tokens far apart have to meet in the encoder. Other facts are distractors. Places are
 uniform over the text.
 """
@@ -36,6 +36,8 @@ class Lookup(WordTask):
         hops: looked up until a value is reached, >= 1: a name's value may be another name.
         names: different names, >= facts, at most 100.
         values: different values, 2 to 100.
+        told: share of the questions of training rows that say a value themselves, in place of a name: how to answer can be
+            learned from them before how to find.
         examples: rows of each held-out split.
     """
 
@@ -50,6 +52,7 @@ class Lookup(WordTask):
         hops: int = 1,
         names: int = 64,
         values: int = 32,
+        told: float = 0.0,
         examples: int = 512,
     ) -> None:
         facts = max(length // 32, 2 * hops * questions) if facts is None else facts
@@ -60,6 +63,8 @@ class Lookup(WordTask):
             )
         if not 2 <= values <= 100:
             raise ValueError(f"task 'lookup': values={values}, expected 2 to 100")
+        if not 0 <= told <= 1:
+            raise ValueError(f"task 'lookup': told={told}, expected a share from 0 to 1")
         self.begin = 2 * questions + 1
         self.places = rooms(length - self.begin, WIDTH)
         if self.places < facts:
@@ -74,7 +79,7 @@ class Lookup(WordTask):
             *syllables("en")[:names],
             *syllables("il")[:values],
         )
-        self.questions, self.facts_count, self.hops = questions, facts, hops
+        self.questions, self.facts_count, self.hops, self.told = questions, facts, hops, told
         self.first_name, self.first_value = len(self.words) - names - values, len(self.words) - values
         super().__init__(
             vocab=len(self.words),
@@ -82,7 +87,7 @@ class Lookup(WordTask):
             examples=examples,
             chance=values**-questions,
             baselines={"one of the row's values, each time": (1 / facts + (1 - 1 / facts) / values) ** questions},
-            draws=length + names + facts + self.places + 1,
+            draws=length + names + facts + self.places + 1 + 2 * questions,
             facts={
                 "length": length,
                 "questions": questions,
@@ -90,6 +95,7 @@ class Lookup(WordTask):
                 "hops": hops,
                 "names": names,
                 "values": values,
+                "told": told,
                 "examples": examples,
             },
         )
@@ -97,7 +103,8 @@ class Lookup(WordTask):
     def make(self, split: str, first: int, raw: Draws) -> tuple[Rows, Rows]:
         """Filler, over which questions and facts are written."""
         n, r, q = self.length, self.facts_count, self.questions
-        word, which, what, where = np.split(raw, np.cumsum([n, self.first_value - self.first_name, r]), axis=1)
+        widths = [n, self.first_value - self.first_name, r, self.places + 1, q]
+        word, which, what, where, whether, said = np.split(raw, np.cumsum(widths), axis=1)
         inputs = fill(word, np.arange(3 + q, self.first_name))
         names = self.first_name + shuffled(which)[:, :r]
         values = self.first_value + fill(what, np.arange(self.vocab - self.first_value))
@@ -107,40 +114,53 @@ class Lookup(WordTask):
         content = values.copy()
         content[:, :chained] = names[:, chains : chains + chained]
         starts = spread(where, r, first=self.begin, last=n, width=WIDTH)
-        np.put_along_axis(inputs, starts, names, axis=1)
-        np.put_along_axis(inputs, starts + 1, content, axis=1)
-        inputs[:, 0 : 2 * q : 2] = 3 + np.arange(q)
-        inputs[:, 1 : 2 * q : 2] = names[:, :q]
+        np.put_along_axis(inputs, starts, content, axis=1)
+        np.put_along_axis(inputs, starts + 1, names, axis=1)
+        asked, answers = names[:, :q], values[:, chained : chained + q]
+        if split == "train" and self.told:
+            shown = (whether >> np.uint64(11)) * 2.0**-53 < self.told
+            given = self.first_value + fill(said, np.arange(self.vocab - self.first_value))
+            asked, answers = np.where(shown, given, asked), np.where(shown, given, answers)
+        numbers = np.broadcast_to(3 + np.arange(q), (len(raw), q))
+        inputs[:, : 2 * q] = np.stack([numbers, asked], -1).reshape(len(raw), -1)
         inputs[:, 2 * q] = STOP
-        return inputs, np.concatenate([values[:, chained : chained + q], np.full((len(raw), 1), END)], 1)
+        return inputs, np.concatenate(
+            [np.stack([numbers, answers], -1).reshape(len(raw), -1), np.full((len(raw), 1), END)], 1
+        )
 
     def _followed(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each fact on the way stands, (b, hops, q), and the token after the last one, (b, q)."""
+        """Where the name of each fact on the way stands, (b, hops, q), and the token before the last one, (b, q)."""
         token, places = inputs[:, 1 : self.begin : 2], []
+        # a fact's name stands behind what is said of it
+        said = inputs >= self.first_name
+        named = said & (inputs < self.first_value)
+        named[:, 1:] &= said[:, :-1]
+        named[:, : self.begin] = False
         for _ in range(self.hops):
-            # a name stands once after the question as a fact's first token; as a value it follows another name
-            named = (inputs >= self.first_name) & (inputs < self.first_value)
-            named[:, 1:] &= ~(named[:, :-1].clone() & (inputs[:, 1:] >= self.first_name))
-            named[:, : self.begin] = False
             here = (inputs[:, None] == token[:, :, None]) & named[:, None]  # b q n
             places.append(here.int().argmax(-1))
-            token = inputs.gather(1, places[-1] + 1)
+            # a value that the question says itself is its own answer
+            token = token.where(token >= self.first_value, inputs.gather(1, (places[-1] - 1).clamp(min=0)))
         return torch.stack(places, 1), token
 
     def solve(self, inputs: Tensor) -> Tensor:
-        """Each question followed from fact to fact, and the end sign."""
+        """Each question's number and what it leads to from fact to fact, and the end sign."""
         _, token = self._followed(inputs)
-        return torch.cat([token, torch.full_like(token[:, :1], END)], 1)
+        answers = torch.stack([inputs[:, 0 : 2 * self.questions : 2], token], -1).flatten(1)
+        return torch.cat([answers, torch.full_like(token[:, :1], END)], 1)
 
     def oracle(self, inputs: Tensor, targets: Tensor) -> Oracle:
-        """The names asked for; both tokens of every fact on the way; the values at its end."""
+        """The questions' numbers and names; both tokens of every fact on the way; the values at its end.
+
+        Of rows where all questions are names.
+        """
         places, _ = self._followed(inputs)
         nothing = torch.zeros_like(inputs, dtype=torch.bool)
         question = nothing.clone()
-        question[:, 1 : self.begin : 2] = True
+        question[:, : self.begin - 1] = True
         every = places.flatten(1)
         return Oracle(
             question,
-            nothing.scatter(1, every, True).scatter(1, every + 1, True),
-            nothing.scatter(1, places[:, -1] + 1, True),
+            nothing.scatter(1, every, True).scatter(1, every - 1, True),
+            nothing.scatter(1, places[:, -1] - 1, True),
         )
