@@ -181,7 +181,7 @@ class Subject:
         return not self.card.sizes and "grid" not in self.example
 
     def make(
-        self, *, causal: bool | None = None, dtype: torch.dtype = torch.float64, disturbed: bool = True
+        self, *, causal: bool | None = None, dtype: torch.dtype = torch.float64, disturbed: bool = True, seed: int = 0
     ) -> nn.Module:
         """Build the part and its seat.
 
@@ -189,8 +189,9 @@ class Subject:
             causal: overrides the example, where the part or its seat has the choice.
             dtype: of all parameters.
             disturbed: move every parameter by a seeded draw, so that no zero or unit initial value hides an error.
+            seed: of the initial values.
         """
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         if self.card.role == "inference":
             return self._reader(dtype, disturbed)
         if self.card.role == "adapter":
