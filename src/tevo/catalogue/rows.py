@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 from tevo.card import CLAIMS, ROLES, Card, read_card
+from tevo.names import suggest
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -145,12 +145,6 @@ def find(name: str) -> tuple[Row, str]:
             return row, next(iter(row.card.exports.values()))
         raise ValueError(f"{name} is in the catalogue but not implemented yet (status planned); see `tevo list --todo`")
     raise ValueError(f"unknown part {name!r}{suggest(name, [*_exports(), *rows()])}; see `tevo list`")
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def list_systems(

@@ -14,7 +14,6 @@ Source: 2204.02921, sections 2 to 4.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from tevo.card import Card
 from tevo.contracts import ChannelMixer
+from tevo.names import suggest
 
 CARD = Card(
     id="activation_zoo",
@@ -187,8 +187,7 @@ class ActivatedFeedForward(ChannelMixer):
     def __init__(self, *, dim: int, hidden_dim: int | None = None, activation: str = "gcu", bias: bool = True) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            near = difflib.get_close_matches(activation, ACTIVATIONS, n=1)
-            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            meant = suggest(activation, ACTIVATIONS)
             raise ValueError(
                 f"ActivatedFeedForward got activation={activation!r}{meant}; choose among {', '.join(ACTIVATIONS)}"
             )

@@ -5,11 +5,11 @@ Weights start as this house's modules do, and convolutions are padded as the ref
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from tevo.names import suggest
 from tevo.slot_attention.aggregation import WeightedMean
 from tevo.slot_attention.competition import Mesh
 from tevo.slot_attention.gradient import BiLevel
@@ -93,7 +93,5 @@ def preset(name: str) -> SlotAutoencoder | SlotSetPredictor:
         ValueError: an unknown name.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown preset {name!r}{hint}, expected one of {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}{suggest(name, PRESETS)}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]()

@@ -400,9 +400,9 @@ def test_every_task_is_looked_up_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("recal", {}, "unknown task 'recal'; did you mean 'recall'"),
+        ("recal", {}, "unknown task 'recal' .did you mean 'recall'"),
         ("zzz", {}, "unknown task 'zzz'; the tasks are text, recall"),
-        ("recall", {"pair": 3}, "no option 'pair'; did you mean 'pairs'"),
+        ("recall", {"pair": 3}, "no option 'pair' .did you mean 'pairs'"),
         ("recall", {"length": 33}, "length=33 with pairs=4"),
         ("recall", {"length": 14}, "length=14 with pairs=4"),
         ("recall", {"pairs": 0}, "pairs=0"),

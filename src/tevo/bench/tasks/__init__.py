@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 
 from tevo.bench.tasks.contract import HELD_OUT, IGNORED, Task
 from tevo.bench.tasks.induction import Induction, RepeatedBigram
 from tevo.bench.tasks.recall import Recall
 from tevo.bench.tasks.selective_copy import SelectiveCopy
 from tevo.bench.tasks.text import Text
+from tevo.names import suggest
 
 __all__ = [
     "HELD_OUT",
@@ -41,16 +41,11 @@ def task(name: str, **options: object) -> Task:
         ValueError: no such task or option, or an option's value that cannot be.
     """
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}{_nearest(name, TASKS)}; the tasks are {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {name!r}{suggest(name, TASKS)}; the tasks are {', '.join(TASKS)}")
     known = inspect.signature(TASKS[name]).parameters
     for option in options:
         if option not in known:
             raise ValueError(
-                f"task {name!r} has no option {option!r}{_nearest(option, known)}; its options are {', '.join(known)}"
+                f"task {name!r} has no option {option!r}{suggest(option, known)}; its options are {', '.join(known)}"
             )
     return TASKS[name](**options)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
