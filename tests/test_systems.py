@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from tevo.card import CLAIMS
 from tevo.catalogue.rows import PACKAGE, rows
-from tevo.testing.checks import CHECKS, Check, applicable
+from tevo.testing import parametrised
+from tevo.testing.checks import CHECKS, FAST, GROUPS, Check
 from tevo.testing.evidence import official
 from tevo.testing.subject import Subject, subjects
 
 PRESENT = [row for row in rows().values() if row.card]
 
 
-def cases() -> list[object]:
-    found = []
+SLOW = "".join(set(GROUPS) - set(FAST))
+
+
+def present() -> Iterator[Subject]:
     for row in PRESENT:
-        seen: set[str] = set()
-        for index, subject in enumerate(subjects(row)):
-            for check in applicable(subject, first=subject.part not in seen):
-                found.append(pytest.param(subject, check, id=f"{row.id}-{subject.part}-{index}-{check.name}"))
-            seen.add(subject.part)
-    return found
+        yield from subjects(row)
 
 
-@pytest.mark.parametrize(("subject", "check"), cases())
+@pytest.mark.parametrize(**parametrised(present(), groups=FAST))  # type: ignore[arg-type]
 def test_check(subject: Subject, check: Check) -> None:
     check.run(subject)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(**parametrised(present(), groups=SLOW))  # type: ignore[arg-type]
+def test_check_of_the_slower_groups(subject: Subject, check: Check) -> None:
+    check.run(subject)
+
+
+@pytest.mark.parametrize("word", CLAIMS)
+def test_every_claim_raises_a_check(word: str) -> None:
+    text = "".join(path.read_text() for path in (PACKAGE / "testing").glob("*.py"))
+    asked = f'claims("{word}")' in text
+    # a linear cost is what the growth of FLOPs is held against; the others say how a part is built
+    assert asked or word in ("linear", "position", "grid", "fixed_length", "shared_across_layers")
 
 
 @pytest.mark.parametrize("row", PRESENT, ids=lambda row: row.id)
