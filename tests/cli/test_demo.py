@@ -34,7 +34,7 @@ def test_help_is_short_starts_with_examples_and_needs_no_torch(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["colt"], "error: tevo demo has nothing to show of 'colt'"),
+        (["colt"], "error: tevo demo has nothing to show of 'colt'; expected slots or colt5"),
         (["slots", "--out", "no/such/page.html"], "error: --out no/such/page.html: the folder"),
         (["slots", "--run", "nowhere"], "error: nowhere is not a run"),
         (["slots", "--sed", "1"], "error: unknown option '--sed'"),
