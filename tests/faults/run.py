@@ -691,7 +691,7 @@ def run_all(home: Path, *, scale: float = 1.0, seed: int = 0) -> dict[str, Tally
         "full disk in a save": full_disk,
         "pickles": foreign_checkpoints,
         "failed operations of a run": failing_runs,
-        "damaged run folders": lambda tally, folder: damaged_runs(tally, folder, draw, many(120)),
+        "damaged run folders": lambda tally, folder: damaged_runs(tally, folder, draw, many(40)),
         "losses that are not finite": poisoned_losses,
         "two processes in a folder": lambda tally, folder: crowded_folders(tally, folder, many(10)),
         "folders that cannot be written": forbidden_folders,

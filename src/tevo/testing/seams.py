@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from tevo.contracts import Normaliser
 from tevo.mixers.softmax.softmax import SoftmaxAttention
-from tevo.testing.checks import check, close, compare_gradients, expect, limit, oracle_of
+from tevo.testing.checks import check, close, compare_gradients, expect, limit, oracle_of, step_through
 from tevo.testing.subject import Subject, stateful
 from tevo.testing.tolerances import RUNGS
 
@@ -45,6 +46,23 @@ def check_padded_continuation(s: Subject) -> float:
             worst, close(f"{s.name}, positions {how}, after a padded piece", ours, whole[:, first:], RUNGS["F64"])
         )
     return worst
+
+
+@check(
+    "Exact state: in bfloat16, stepping computes what it computes in float32 with the same weights, within 2 %.",
+    lambda s: s.claims("exact_state"),
+    group="C",
+)
+def check_bfloat16_steps(s: Subject) -> float:
+    """A state that is kept or joined in another precision than a pass has is found by decoding only."""
+    half = s.make(causal=True, dtype=torch.bfloat16)
+    full = copy.deepcopy(half).to(torch.float32)
+    n = s.sizes()[0]
+    x, pieces = s.inputs(2, n, dtype=torch.bfloat16), (n - 3, 1, 2)
+    with torch.no_grad():
+        y, wanted = step_through(s, half, x, pieces), step_through(s, full, x.to(torch.float32), pieces)
+    expect(y.dtype == torch.bfloat16, f"{s.name} turned bfloat16 into {y.dtype} while stepping")
+    return close(f"{s.name} stepping in bfloat16", y, wanted, limit(s, "bfloat16", "BF16"))
 
 
 @check(

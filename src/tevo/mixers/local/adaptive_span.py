@@ -48,6 +48,7 @@ CARD = Card(
         {"dim": 10, "heads": 2, "span": 3, "ramp": 2},
         {"dim": 3, "heads": 1, "span": 40, "ramp": 16},
         {"dim": 8, "heads": 2, "span": 13, "ramp": 4},
+        {"dim": 6, "heads": 2, "span": 70, "ramp": 4},
     ),
     equals=(
         "facebookresearch/adaptive-span TransformerSeqLayer and two blocks of a two-layer TransformerSeq; values in "
