@@ -41,18 +41,20 @@ class CoLT5Recipe(Recipe):
     weight_decay: float = option(0.01, "AdamW decay; never of vectors and scalars")
     betas: tuple[float, float] = option((0.9, 0.98), "AdamW averages")
     examples: int = option(200, "held-out rows per evaluation")
-    task: Literal["lookup", "documents", "passkey", "modules"] = option(
-        "lookup", "lookup, documents, passkey (words), or modules (bytes of the standard library)"
+    task: Literal["lookup", "documents", "passkey", "code", "modules"] = option(
+        "lookup", "lookup, documents, passkey (made words), code or modules (words or bytes of the standard library)"
     )
     ask: Literal["signature", "classes", "docstring", "changed"] = option(
         "signature", "modules: signature, classes, docstring or changed"
     )
     questions: int = option(4, "lookup: names asked for in each input")
     hops: int = option(1, "lookup: names to follow until a value is reached")
-    names: int = option(64, "lookup: different names")
+    names: int = option(64, "lookup: different names; code: tokens for names")
     values: int = option(32, "lookup: different values")
     facts: tuple[int, ...] = option((), "lookup, documents: facts or documents of an input, a number for each phase")
-    told: tuple[float, ...] = option((), "lookup: share of questions that say their answer, a number for each phase")
+    told: tuple[float, ...] = option(
+        (), "lookup, code: share of questions that say their answer, a number for each phase"
+    )
     routing: Literal["learned", "static", "random", "none", "dense"] = option(
         "learned", "learned, static, random, none (no heavy branch) or dense (it takes all tokens)"
     )
@@ -71,9 +73,11 @@ class CoLT5Recipe(Recipe):
     light_dim: int = option(64, "width inside the feed-forward of all tokens")
     heavy_dim: int = option(256, "width inside the feed-forward of routed tokens")
     hidden_dim: int = option(128, "width inside the decoder's feed-forward")
+    tied: bool = option(False, "the head is the embedding")
     start: Literal["paper", "mimetic"] = option(
         "paper", "paper (T5's initial weights), or mimetic (equal tokens find each other from the first step)"
     )
+    looks: tuple[int, ...] = option((-1,), "mimetic: the token at which each light head begins to look, from its own")
     radius: int = option(8, "tokens that the window sees on each side")
     dropout: float = option(0.0, "share of activations dropped in training")
 
@@ -100,10 +104,17 @@ class CoLT5Recipe(Recipe):
             raise ValueError(f"eps are {self.eps}, expected numbers above 0")
         if self.facts and self.task not in ("lookup", "documents"):
             raise ValueError(f"facts are {self.facts} for task={self.task}, which has none; leave them out")
-        if self.told and self.task != "lookup":
+        if self.told and self.task not in ("lookup", "code"):
             raise ValueError(f"told is {self.told} for task={self.task}, which cannot tell; leave it out")
         if not all(0 <= told <= 1 for told in self.told):
             raise ValueError(f"told is {self.told}, expected shares from 0 to 1")
+        if self.looks != (-1,) and self.start != "mimetic":
+            raise ValueError(f"looks are {self.looks} for start={self.start}, which has none; leave them out")
+        if len(self.looks) not in (1, self.light_heads) or any(abs(look) > self.radius for look in self.looks):
+            raise ValueError(
+                f"looks are {self.looks}, expected one, or one for each of light_heads={self.light_heads}, all within "
+                f"radius={self.radius}"
+            )
         if self.compile:
             raise ValueError("compile is true, but each step of colt5 routes another number of tokens; leave it out")
         for name in ("dim", "layers", "decoder_layers", "light_heads", "heavy_heads", "heads", "head_dim"):

@@ -2,7 +2,7 @@
 
     heavy:  W_q = c W_k,   W_o = g W_v^T / h       equal tokens find each other, and bring what stands with them     (1)
             B'[j - i] += -6 for |j - i| <= 3 r     what light heads see needs no heavy ones
-    light:  B[-1] += 4                             each token begins by looking at the one before it                 (2)
+    light:  B_h[o_h] += 4                          each head begins by looking at one neighbour, the one before it   (2)
     all other output maps: a tenth of T5's         the residual stream begins as the embedding                       (3)
 
 Everything is trained from there on, as from any start. (1) is the mimetic start of Trockman and Kolter (arXiv 2305.09828),
@@ -12,6 +12,8 @@ Letters: h heads, e width of a head, r radius of the light window.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,8 +28,13 @@ SHARP, GAIN, BEFORE, NEAR, QUIET = 4.0, 2.0, 4.0, -6.0, 0.1
 
 
 @torch.no_grad()
-def mimetic_start(model: CoLT5ForConditionalGeneration) -> None:
-    """Change the initial weights of ``model`` in place."""
+def mimetic_start(model: CoLT5ForConditionalGeneration, *, looks: Sequence[int] = (-1,)) -> None:
+    """Change the initial weights of ``model`` in place.
+
+    Args:
+        model: freshly initialised.
+        looks: offset o at which each light head begins to look, or one for all.
+    """
     encoder = model.encoder
     for module in model.modules():
         if isinstance(module, RoutedAttention):
@@ -37,15 +44,18 @@ def mimetic_start(model: CoLT5ForConditionalGeneration) -> None:
         elif isinstance(module, GatedFeedForward | DecoderAttention):
             module.out.weight.mul_(QUIET)
     light = next(module for module in encoder.modules() if isinstance(module, LocalAttention))
-    _add(encoder.light_bias, torch.tensor([-1]), BEFORE)
+    for head, look in enumerate(looks):
+        _add(
+            encoder.light_bias, torch.tensor([look]), BEFORE, slice(None) if len(looks) == 1 else slice(head, head + 1)
+        )
     heavy = getattr(encoder, "heavy_bias", None)
     if heavy is not None:
         near = 3 * light.radius
         _add(heavy, torch.arange(-near, near + 1), NEAR)
 
 
-def _add(bias: nn.Module, offsets: torch.Tensor, amount: float) -> None:
+def _add(bias: nn.Module, offsets: torch.Tensor, amount: float, heads: slice = slice(None)) -> None:
     """Add to the buckets of these offsets, once to each."""
     assert isinstance(bias, RelativeBias)
     found = bucket(offsets, causal=False, buckets=bias.buckets, max_distance=bias.max_distance)
-    bias.table[:, found.unique()] += amount
+    bias.table[heads, found.unique()] += amount

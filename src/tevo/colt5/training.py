@@ -26,7 +26,7 @@ from tevo.colt5.modeling import CoLT5ForConditionalGeneration
 from tevo.colt5.recipes import CoLT5Recipe
 from tevo.colt5.routers import SoftTopK
 from tevo.colt5.start import mimetic_start
-from tevo.colt5.tasks import Documents, LongTask, Lookup, Modules, Passkey
+from tevo.colt5.tasks import Code, Documents, LongTask, Lookup, Modules, Passkey
 from tevo.colt5.tasks.contract import END, PAD, WordTask
 from tevo.colt5.tasks.modules import tokens_of
 from tevo.contracts import Loss, Objective
@@ -116,6 +116,8 @@ def _task(recipe: CoLT5Recipe, phase: int) -> LongTask:
     length, examples = recipe.lengths[phase], recipe.examples
     facts = recipe.facts[phase] if recipe.facts else None
     told = recipe.told[phase] if recipe.told else 0.0
+    if recipe.task == "code":
+        return Code(length=length, names=recipe.names, told=told, examples=examples)
     if recipe.task == "modules":
         return Modules(ask=recipe.ask, length=length, examples=examples)
     if recipe.task == "passkey":
@@ -308,12 +310,13 @@ def build_model(recipe: CoLT5Recipe, task: Curriculum) -> Answerer:
         routing=_ROUTINGS[recipe.routing],
         eps=recipe.eps[-1] if learned else None,
         dropout=recipe.dropout,
+        tie_word_embeddings=recipe.tied,
         pad_token_id=PAD,
         eos_token_id=END,
     )
     model = CoLT5ForConditionalGeneration(config)
     if recipe.start == "mimetic":
-        mimetic_start(model)
+        mimetic_start(model, looks=recipe.looks)
     if recipe.routing == "none":
         layers: list[Any] = list(model.encoder.layers)
         model.encoder.layers = nn.ModuleList(LightLayer(layer) for layer in layers)

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from tevo.colt5.tasks.code import Code
 from tevo.colt5.tasks.contract import LongTask, Oracle, WordTask
 from tevo.colt5.tasks.documents import Documents
 from tevo.colt5.tasks.lookup import Lookup
 from tevo.colt5.tasks.modules import Modules
 from tevo.colt5.tasks.passkey import Passkey
 
-__all__ = ["Documents", "LongTask", "Lookup", "Modules", "Oracle", "Passkey", "WordTask"]
+__all__ = ["Code", "Documents", "LongTask", "Lookup", "Modules", "Oracle", "Passkey", "WordTask"]
