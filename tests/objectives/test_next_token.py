@@ -67,3 +67,11 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     logits, targets = example()
     assert next_token_loss(logits.bfloat16(), targets).dtype == torch.float32
     assert next_token_loss(logits, targets).dtype == torch.float64
+
+
+def test_rows_become_inputs_and_what_follows_them_without_padding() -> None:
+    tokens = torch.tensor([[4, 5, 6, 7], [1, 2, 3, 3]])
+    mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    batch = NextToken().corrupt(tokens, mask=mask, generator=torch.Generator())
+    assert batch["inputs"].tolist() == [[4, 5, 6], [1, 2, 3]]
+    assert batch["targets"].tolist() == [[5, 6, 7], [2, 3, -100]]

@@ -26,6 +26,11 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class NextToken(Objective):
     """Next-token prediction for models that give logits (b, n, V) for tokens (b, n)."""
 
+    def corrupt(self, tokens: Tensor, *, mask: Tensor | None = None, generator: torch.Generator) -> dict[str, Tensor]:
+        """``inputs`` and ``targets`` (b, n - 1): each token's target is the next one, if it is real. Nothing is drawn."""
+        targets = tokens[:, 1:]
+        return {"inputs": tokens[:, :-1], "targets": targets if mask is None else targets.where(mask[:, 1:], IGNORED)}
+
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
         """``batch`` holds ``inputs`` and ``targets`` (b, n); a target of -100 is not scored."""
         return Loss(next_token_loss(model(batch["inputs"]), batch["targets"]), {})
