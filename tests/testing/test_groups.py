@@ -232,3 +232,10 @@ def test_every_check_has_a_group_and_says_what_it_asks_and_why() -> None:
     for check in CHECKS:
         assert check.group in GROUPS
         assert check.asks.endswith(".") and check.why.endswith((".", "?")), check.name
+
+
+def test_a_part_that_raises_is_reported_with_the_input_that_it_was_given() -> None:
+    report = examine("NeedsAToken", [user_subject(NeedsAToken)], groups="A")
+    failure = next(result.failures[0] for result in report.failed if result.check == "short_lengths")
+    assert failure["smallest"].startswith("x of shape (1, 0, ")
+    assert failure["what"].startswith("IndexError")

@@ -61,9 +61,8 @@ class Report:
         lines = []
         for r in self.results.values():
             said = "FAILED" if r.failures else "ok"
-            lines.append(
-                f"  {r.group}  {r.check:<{width}}  {said:<6}  {r.largest_difference:7.1e}  {r.cases:3} cases  {r.seconds:5.1f} s"
-            )
+            gap = f"{r.largest_difference:7.1e}" if r.largest_difference else 7 * " "
+            lines.append(f"  {r.group}  {r.check:<{width}}  {said:<6}  {gap}  {r.cases:3} cases  {r.seconds:5.1f} s")
             for failure in r.failures[:most]:
                 lines.append(f"       {failure['what']}")
                 if failure.get("smallest"):
@@ -112,19 +111,22 @@ def examine(
                 gap = check.run(subject)
                 result.largest_difference = max(result.largest_difference, float(f"{gap:.1e}"))
             except Exception as error:
-                result.failures.append(describe(subject, check, error))
+                result.failures.append(describe(subject, check, error, smallest=not result.failures))
             result.inputs += subject.runs["inputs"] - before
             result.seconds += time.perf_counter() - start
     report.results = {r.check: r for r in sorted(report.results.values(), key=lambda r: r.group)}
     return report
 
 
-def describe(subject: Subject, check: Check, error: Exception) -> dict[str, str]:
-    """The failure on the smallest input that fails alike."""
-    small, error = shrink(subject, check, error)
+def describe(subject: Subject, check: Check, error: Exception, *, smallest: bool) -> dict[str, str]:
+    """The failure, if wanted on the smallest input that fails alike."""
+    small, error = shrink(subject, check, error) if smallest else (subject, error)
     said = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
     found = {"what": " ".join(said.split())[:600]}
-    if small is not subject:
+    if not isinstance(error, AssertionError) and small.runs["inputs"]:
+        # what raised knows the input that it was given, which the check may have chosen itself
+        found["smallest"] = f"x of shape ({small.runs['b']}, {small.runs['n']}, {small.dim}) to {small.name}"
+    elif small is not subject:
         n = max(small.sizes())
         found["smallest"] = f"x of shape ({small.rows or 'b'}, {n}, {small.dim}) to {small.name}"
     return found
@@ -196,7 +198,9 @@ def parametrised(subjects: Iterable[Subject], *, groups: str = "".join(GROUPS)) 
 
 def memory_of(row: Row, groups: str) -> Path:
     """Where the report on a system is kept: named by its source, the checks', torch's version and the groups."""
-    whole = hashlib.sha256(f"{source_hash(row.id)} {torch.__version__} {platform.python_version()}".encode())
+    # softmax attention is the seat of positions, normalisers and heads
+    sources = f"{source_hash(row.id)} {source_hash('softmax')}"
+    whole = hashlib.sha256(f"{sources} {torch.__version__} {platform.python_version()}".encode())
     for path in sorted(p for p in (PACKAGE / "testing").glob("*.py")):
         whole.update(path.read_bytes())
     whole.update((row.path.read_bytes() if row.path else b"") + (PACKAGE / "card.py").read_bytes())

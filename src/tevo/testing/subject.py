@@ -251,10 +251,11 @@ class Subject:
             remember(texts)
         return part
 
-    def _count(self) -> None:
-        """One more input; not while compiling, which traces no such notes."""
+    def _count(self, x: Tensor) -> None:
+        """One more input, and its shape; not while compiling, which traces no such notes."""
         if not torch.compiler.is_compiling():
             self.runs["inputs"] += 1
+            self.runs["b"], self.runs["n"] = x.shape[:2]
 
     def part_of(self, seated: nn.Module) -> nn.Module:
         """The part inside its seat."""
@@ -281,7 +282,7 @@ class Subject:
     ) -> Tensor:
         """Run the seated part, whatever its role's signature."""
         role = self.card.role
-        self._count()
+        self._count(x)
         if isinstance(module, SeatedObjective):
             batch = module.batch(*x.shape[:2])
             return module({name: value.to(x.device) for name, value in batch.items()})

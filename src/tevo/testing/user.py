@@ -80,7 +80,7 @@ class UserSubject(Subject):
         """Run the part with the arguments that it takes."""
         if self.card.role not in ("mixer", "channel", "block", "stack", "norm"):
             return super().call(module, x, context, mask=mask, at=at)
-        self._count()
+        self._count(x)
         offered = {"context": context, "mask": mask, "at": at}
         y = module(x, **{name: value for name, value in offered.items() if value is not None and name in self.takes})
         return y[0] if isinstance(y, tuple) else y
