@@ -1,0 +1,186 @@
+"""Pre-training on plain text: T5's span corruption and the mixture UL2 of CoLT5.
+
+    noise tokens   round(n p), at least 1 and at most n - 1;   spans   round(noise / s), at least 1                (1)
+    inputs   text with each span replaced by a sentinel, then the end                                            (2)
+    targets  each sentinel and its span, then the end                                                             (3)
+    prefix   inputs: the first half of the text and the end; targets: the other half and the end                  (4)
+
+with p the share of noise and s the mean span. Both noise and the rest are cut into as many stretches, all cuts alike likely, and
+a text begins with an uncorrupted stretch. UL2 here: the prefix form with p = 1/2, and spans of mean 3, 8 and 64 with p = 0.15,
+equally often. A text is as long as makes the inputs (2) exactly as long as is asked for: for 4,096 inputs it has 4,550, 4,714 or
+4,805 tokens, and its targets 910, 796 or 733. Sentinels count down from the greatest token, as in T5.
+
+Source: T5 (1910.10683), section 3.1.4; UL2 (2205.05131); CoLT5 (2303.09752), sections 3 and 4, which gives p of the prefix form
+and leaves its lengths open: here its targets are as long as the longest of the others.
+
+Letters: n tokens of a text.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tevo.bench.tasks.contract import HELD_OUT, IGNORED, Draws, Rows, Task, below
+from tevo.colt5.tasks.contract import END, PAD
+from tevo.colt5.tasks.modules import OFFSET
+from tevo.data.text import Corpus, files_corpus, stdlib_corpus
+
+__all__ = ["MIXTURES", "SPAN_CORRUPTION", "UL2", "Denoising", "Spans", "corrupted", "lengths_of", "text_length"]
+
+
+class Spans(NamedTuple):
+    """Share of noise and mean span; no span: the prefix form."""
+
+    noise: float
+    span: float | None
+
+
+SPAN_CORRUPTION = (Spans(0.15, 3.0),)
+UL2 = (Spans(0.5, None), Spans(0.15, 3.0), Spans(0.15, 8.0), Spans(0.15, 64.0))
+MIXTURES = {"span_corruption": SPAN_CORRUPTION, "ul2": UL2}
+
+
+def lengths_of(tokens: int, kind: Spans) -> tuple[int, int]:
+    """Inputs and targets, their ends included, of a text of so many tokens (eqs. 1 to 4)."""
+    if kind.span is None:
+        return tokens // 2 + 1, tokens - tokens // 2 + 1
+    noise, spans = _counts(tokens, kind.noise, kind.span)
+    return tokens - noise + spans + 1, noise + spans + 1
+
+
+def text_length(inputs: int, kind: Spans, *, targets: int | None = None) -> int:
+    """Tokens of the longest text whose inputs are at most ``inputs``, and whose targets at most ``targets``."""
+    tokens = 2
+    while True:
+        a, b = lengths_of(tokens + 1, kind)
+        if a > inputs or (targets is not None and b > targets):
+            return tokens
+        tokens += 1
+
+
+def _counts(tokens: int, noise: float, span: float) -> tuple[int, int]:
+    noisy = min(max(round(tokens * noise), 1), tokens - 1)
+    return noisy, max(round(noisy / span), 1)
+
+
+def corrupted(text: Rows, kind: Spans, raw: Draws, *, first_sentinel: int) -> tuple[Rows, Rows]:
+    """Inputs and targets of a text (n,).
+
+    Args:
+        text: tokens.
+        kind: of the corruption.
+        raw: at least 2 n random 64-bit numbers; the prefix form needs none.
+        first_sentinel: the token of the first span; those of others count down.
+    """
+    n = len(text)
+    end = np.array([END])
+    if kind.span is None:
+        return np.concatenate([text[: n // 2], end]), np.concatenate([text[n // 2 :], end])
+    noisy, spans = _counts(n, kind.noise, kind.span)
+    spans = min(spans, n - noisy)
+    stretches = np.empty(2 * spans, dtype=np.int64)
+    stretches[0::2], stretches[1::2] = _cut(n - noisy, spans, raw[:n]), _cut(noisy, spans, raw[n:])
+    ends = np.cumsum(stretches)
+    inputs, targets = [], []
+    for i in range(spans):
+        begin = ends[2 * i - 1] if i else 0
+        sentinel = np.array([first_sentinel - i])
+        inputs += [text[begin : ends[2 * i]], sentinel]
+        targets += [sentinel, text[ends[2 * i] : ends[2 * i + 1]]]
+    return np.concatenate([*inputs, end]), np.concatenate([*targets, end])
+
+
+def _cut(tokens: int, parts: int, raw: Draws) -> Rows:
+    """So many tokens in ``parts`` stretches of at least one, all cuts alike likely."""
+    places = np.sort(np.argsort(raw[: tokens - 1], kind="stable")[: parts - 1]) + 1
+    return np.diff(np.concatenate([[0], places, [tokens]]))
+
+
+class Denoising(Task):
+    """Texts of a corpus, corrupted: rows for an encoder-decoder, of bytes in ByT5's scheme with sentinels.
+
+    A row has one of the mixture's forms, in turn, so that each has its share of every batch; rows are padded to the longest of
+    the batch. The score is bits per target token with the right
+    ones before it.
+
+    Args:
+        mixture: a name of ``MIXTURES``.
+        length: tokens of the inputs at most.
+        vocab: of the model; the tokens beyond the bytes are sentinels.
+        data: the user's file or folder; empty: the running CPython's standard library.
+        examples: rows of each held-out split.
+    """
+
+    name: ClassVar[str] = "denoising"
+    metric: ClassVar[str] = "bits_per_target"
+    higher_is_better: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        mixture: str = "ul2",
+        length: int = 4096,
+        vocab: int = 512,
+        data: str = "",
+        examples: int = 64,
+    ) -> None:
+        if mixture not in MIXTURES:
+            raise ValueError(f"task 'denoising': mixture={mixture!r}, expected one of {', '.join(MIXTURES)}")
+        if length < 16:
+            raise ValueError(f"task 'denoising': length={length}, expected at least 16 tokens")
+        self.kinds = MIXTURES[mixture]
+        spanned = [kind for kind in self.kinds if kind.span is not None]
+        most = max(lengths_of(text_length(length, kind), kind)[1] for kind in spanned)
+        self.texts = [text_length(length, kind, targets=most) for kind in self.kinds]
+        spans = max(_counts(n, k.noise, k.span)[1] for n, k in zip(self.texts, self.kinds, strict=True) if k.span)
+        if vocab < OFFSET + 256 + spans:
+            raise ValueError(
+                f"task 'denoising': vocab={vocab}, expected at least {OFFSET + 256 + spans}: bytes, and a sentinel for each of "
+                f"{spans} spans of length={length}"
+            )
+        self.corpus: Corpus = files_corpus(data) if data else stdlib_corpus()
+        short = [split for split, text in self.corpus.splits.items() if len(text) < max(self.texts)]
+        if short:
+            raise ValueError(
+                f"task 'denoising': {short[0]!r} of the corpus has {len(self.corpus.splits[short[0]])} bytes, expected at least "
+                f"{max(self.texts)}, a text of length={length}; give more text or a smaller length"
+            )
+        facts: dict[str, Any] = {"mixture": mixture, "length": length, "vocab": vocab, "examples": examples}
+        super().__init__(
+            vocab=vocab,
+            length=length,
+            examples=examples,
+            chance=float(np.log2(vocab)),
+            baselines={},
+            draws=1 + 2 * max(self.texts),
+            facts={**facts, "corpus": self.corpus.facts()},
+        )
+
+    def make(self, split: str, first: int, raw: Draws) -> tuple[Rows, Rows]:
+        """Windows of the corpus, corrupted in turn, padded."""
+        text, pairs = self.corpus.splits[split], []
+        for row, numbers in enumerate(raw):
+            which = (first + row) % len(self.kinds)
+            tokens = self.texts[which]
+            room = len(text) - tokens + 1
+            # spread over the split, so that few rows show much of it
+            start = room * (first + row) // self.examples if split in HELD_OUT else int(below(numbers[:1], room)[0])
+            window = text[start : start + tokens].astype(np.int64) + OFFSET
+            pairs.append(corrupted(window, self.kinds[which], numbers[1:], first_sentinel=self.vocab - 1))
+        wide = [max(len(pair[side]) for pair in pairs) for side in (0, 1)]
+        inputs = np.full((len(raw), wide[0]), PAD, dtype=np.int64)
+        targets = np.full((len(raw), wide[1]), IGNORED, dtype=np.int64)
+        for row, (a, b) in enumerate(pairs):
+            inputs[row, : len(a)], targets[row, : len(b)] = a, b
+        return inputs, targets
+
+    def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Bits and scored targets, of ``logits`` (b, t, V)."""
+        kept = targets != IGNORED
+        bits = F.cross_entropy(logits[kept].double(), targets[kept], reduction="sum") / torch.tensor(2.0).double().log()
+        return bits, kept.sum().double()
