@@ -82,6 +82,7 @@ def test_one_wrong_letter_suggests_the_right_key(field: str) -> None:
         ("betas: [0.9]\n", ":1: betas has 1 values, expected 2"),
         ("precision: fp8\n", ":1: precision is 'fp8', expected one of fp32, bf16, fp16"),
         ("kind: image\n", ":1: kind is 'image'"),
+        ("kind: [lm]\n", ":1: kind is ['lm']"),
         ("lr: -1\n", "lr is -1.0, expected a finite number above 0"),
         ("batch: 5\naccumulate: 2\n", "batch=5 cannot be cut into accumulate=2"),
         ("mixer: [softmax, softmax, aft]\n", "mixer names 3 systems for depth=4 layers"),
@@ -89,6 +90,14 @@ def test_one_wrong_letter_suggests_the_right_key(field: str) -> None:
 )
 def test_a_bad_file_is_refused_in_one_sentence(tmp_path: Path, text: str, words: str) -> None:
     assert words in refusal(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("kind", ["lmm", "[lm]", "7", "null"])
+def test_a_stored_recipe_of_no_known_kind_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"kind: {kind}\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml:1: unknown kind "):
+        read(path)
 
 
 def test_aliases_cannot_grow_into_a_bomb(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from tevo.card import CLAIMS, ROLES, Card, read_card
-from tevo.names import suggest
+from tevo.names import suggest as suggest
 
 PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -97,7 +97,7 @@ def read(file: Path) -> Recipe:
     """The recipe stored in ``file``, of whichever kind it says it is."""
     entries = _entries(file)
     kind, line = entries.get("kind", ("lm", 1))
-    if kind not in RECIPES:
+    if not isinstance(kind, str) or kind not in RECIPES:
         raise ValueError(f"{file}:{line}: unknown kind {kind!r}{suggest(str(kind), RECIPES)}")
     return resolve(RECIPES[kind], file=file)
 
@@ -115,7 +115,7 @@ def _read_values(cls: type[Recipe], file: Path) -> dict[str, Any]:
     for name, (value, line) in _entries(file).items():
         where = f"{file}:{line}"
         if name == "kind":
-            if RECIPES.get(value) is not cls:
+            if value != cls.kind:
                 raise ValueError(f"{where}: kind is {value!r}, this program's recipes are of {cls.__name__}")
             continue
         values[name] = _fit(cls, name, value, where)
