@@ -33,7 +33,7 @@ from tevo.training.loop import evaluate
 from tevo.training.recipe import resolve
 
 TARGET = ROOT / "benchmarks" / "colt5_routing.json"
-PRESETS = ("lookup", "modules")
+PRESETS = ("lookup", "code")
 ROUTINGS = ("learned", "static", "none", "dense")
 SEEDS = 3
 WORDS = {

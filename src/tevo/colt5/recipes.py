@@ -51,6 +51,7 @@ class CoLT5Recipe(Recipe):
     hops: int = option(1, "lookup: names to follow until a value is reached")
     names: int = option(64, "lookup: different names; code: tokens for names")
     values: int = option(32, "lookup: different values")
+    parameters: int = option(3, "code: most parameters of a function that is asked for")
     facts: tuple[int, ...] = option((), "lookup, documents: facts or documents of an input, a number for each phase")
     told: tuple[float, ...] = option(
         (), "lookup, code: share of questions that say their answer, a number for each phase"

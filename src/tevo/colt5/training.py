@@ -117,7 +117,7 @@ def _task(recipe: CoLT5Recipe, phase: int) -> LongTask:
     facts = recipe.facts[phase] if recipe.facts else None
     told = recipe.told[phase] if recipe.told else 0.0
     if recipe.task == "code":
-        return Code(length=length, names=recipe.names, told=told, examples=examples)
+        return Code(length=length, names=recipe.names, parameters=recipe.parameters, told=told, examples=examples)
     if recipe.task == "modules":
         return Modules(ask=recipe.ask, length=length, examples=examples)
     if recipe.task == "passkey":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -68,7 +69,9 @@ class Code(LongTask):
 
     Args:
         length: words of question and window; modules with fewer are left out.
-        names: tokens for words without one of their own; a row with more of them shares tokens.
+        names: tokens for words without one of their own; a row with more of them shares tokens, but none of two functions'
+            names.
+        parameters: most parameters of a function that is asked for, 2 or 3.
         told: share of training rows whose question shows the parameters too: how to answer can be learned from them before
             how to find.
         examples: rows of each held-out split, spread over it; fewer where it has fewer.
@@ -76,12 +79,16 @@ class Code(LongTask):
 
     name = "code"
 
-    def __init__(self, *, length: int = 2048, names: int = 512, told: float = 0.0, examples: int = 200) -> None:
+    def __init__(
+        self, *, length: int = 2048, names: int = 512, parameters: int = 3, told: float = 0.0, examples: int = 200
+    ) -> None:
         if length < 32 or names < 32:
             raise ValueError(f"task 'code': length={length} and names={names}, expected at least 32 each")
+        if not 2 <= parameters <= SLOTS:
+            raise ValueError(f"task 'code': parameters={parameters}, expected 2 or 3")
         if not 0 <= told <= 1:
             raise ValueError(f"task 'code': told={told}, expected a share from 0 to 1")
-        self.length, self.names, self.told = length, names, told
+        self.length, self.names, self.parameters, self.told = length, names, parameters, told
         self.corpus = stdlib_corpus()
         self._items: dict[str, list[Item]] = {}
         self._modules: dict[str, list[tuple[list[str], Rows]]] = {}
@@ -100,6 +107,7 @@ class Code(LongTask):
             facts={
                 "length": length,
                 "names": names,
+                "parameters": parameters,
                 "told": told,
                 "examples": rows,
                 "corpus": self.corpus.facts(),
@@ -113,7 +121,7 @@ class Code(LongTask):
             modules: list[tuple[list[str], Rows]] = []
             for table, places, functions in _modules(split):
                 if len(places) >= self.length - QUESTION:
-                    found += [Item(len(modules), at, given) for at, given in functions]
+                    found += [Item(len(modules), at, given) for at, given in functions if len(given) <= self.parameters]
                     modules.append((table, places))
             order = shuffled(np.random.Philox(0).random_raw(len(found))[None])[0] if found else []
             self._modules[split], self._items[split] = modules, [found[i] for i in order]
@@ -147,15 +155,15 @@ class Code(LongTask):
         """Tokens of ``window``, which are places in ``table``, and what they mean; names are drawn by ``raw`` (names,)."""
         present, back = np.unique(window, return_inverse=True)
         words = [table[i] for i in present]
+        defined = {table[i] for i in window[1:][_is(table, window[:-1], "def")]}
         free = len(KNOWN) + shuffled(raw[None])[0]
-        own, taken = [], 0
-        for word in words:
-            if word in TOKEN:
-                own.append(TOKEN[word])
-            else:
-                own.append(int(free[taken % self.names]))
-                taken += 1
-        return np.asarray(own, dtype=np.int64)[back], dict(zip(own, words, strict=True))
+        # functions first, so that they share no token unless there are more than tokens
+        order = sorted((i for i, word in enumerate(words) if word not in TOKEN), key=lambda i: words[i] not in defined)
+        own = np.array([TOKEN.get(word, PAD) for word in words], dtype=np.int64)
+        own[order] = free[np.arange(len(order)) % self.names]
+        return own[back], {
+            int(own[i]): words[i] for i in [*reversed(order), *np.flatnonzero(own < len(KNOWN)).tolist()]
+        }
 
     def encode(self, name: str, text: str) -> Encoded:
         """A question about ``text``, of any length, as an input.
@@ -198,6 +206,11 @@ class Code(LongTask):
         behind = place - at
         answer = (behind >= 3) & (behind < 3 + 2 * slots) & (behind % 2 == 1)
         return Oracle((place == 1).expand_as(answer), (behind >= 0) & (behind < 3 + 2 * slots), answer)
+
+
+def _is(table: Sequence[str], places: Rows, word: str) -> npt.NDArray[np.bool_]:
+    """Where ``word`` stands."""
+    return places == (table.index(word) if word in table else -1)
 
 
 @cache
