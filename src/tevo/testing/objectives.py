@@ -27,7 +27,7 @@ def masks(s: Subject, b: int, n: int) -> list[Tensor | None]:
     return [None, mask]
 
 
-@check("The loss is one finite number of the model's dtype, and so is each of its parts.", seat="objective")
+@check("The loss is one finite number of the model's dtype, and so is each of its parts.", group="A", seat="objective")
 def check_loss(s: Subject) -> float:
     """What is minimised must be a number."""
     for dtype in (torch.float64, torch.float32):
@@ -42,7 +42,7 @@ def check_loss(s: Subject) -> float:
     return 0.0
 
 
-@check("A batch is a function of its seed, and the loss of a batch draws nothing.", seat="objective")
+@check("A batch is a function of its seed, and the loss of a batch draws nothing.", group="A", seat="objective")
 def check_batch_is_a_function_of_its_seed(s: Subject) -> float:
     """All randomness is in the batch, so that a resumed or sliced run sees the same."""
     module, n = made(s), s.sizes()[0]
@@ -57,7 +57,7 @@ def check_batch_is_a_function_of_its_seed(s: Subject) -> float:
     return 0.0
 
 
-@check("It equals the second formulation in float64: the loss and all gradients.", seat="objective")
+@check("It equals the second formulation in float64: the loss and all gradients.", group="B", seat="objective")
 def check_objective_oracle(s: Subject) -> float:
     """Two formulations, always."""
     oracle, most, worst = oracle_of(s), limit(s, "objective_oracle", "F64"), 0.0
@@ -70,7 +70,11 @@ def check_objective_oracle(s: Subject) -> float:
     return worst
 
 
-@check("The losses of rows of equal length, weighted by their items, are the loss of the batch.", seat="objective")
+@check(
+    "The losses of rows of equal length, weighted by their items, are the loss of the batch.",
+    group="B",
+    seat="objective",
+)
 def check_slices(s: Subject) -> float:
     """So that micro-batches and processes give the gradient of one big batch."""
     module, n = made(s), s.sizes()[0]
@@ -82,7 +86,9 @@ def check_slices(s: Subject) -> float:
     return close(f"{s.name} in rows", total / sum(weights), module(batch), RUNGS["F64"])
 
 
-@check("Every parameter of the objective and of its model gets a gradient that is not zero.", seat="objective")
+@check(
+    "Every parameter of the objective and of its model gets a gradient that is not zero.", group="C", seat="objective"
+)
 def check_every_parameter_is_trained(s: Subject) -> float:
     """A parameter without one is not part of the model."""
     module = made(s)
@@ -93,7 +99,12 @@ def check_every_parameter_is_trained(s: Subject) -> float:
     return 0.0
 
 
-@check("torch.compile traces the loss as one graph, with the same value and gradients.", once=True, seat="objective")
+@check(
+    "torch.compile traces the loss as one graph, with the same value and gradients.",
+    once=True,
+    group="D",
+    seat="objective",
+)
 def check_loss_compiles(s: Subject) -> float:
     """Traced with the aot_eager backend."""
     module = made(s)
@@ -106,7 +117,7 @@ def check_loss_compiles(s: Subject) -> float:
         torch._dynamo.reset()
 
 
-@check("Counted FLOPs of a loss grow with the length as the card declares.", once=True, seat="objective")
+@check("Counted FLOPs of a loss grow with the length as the card declares.", once=True, group="E", seat="objective")
 def check_loss_cost(s: Subject) -> float:
     """Fitted on meta tensors over three octaves."""
     exponent = growth(s)["exponent"]
