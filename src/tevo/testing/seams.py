@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from tevo.contracts import Normaliser
 from tevo.mixers.softmax.softmax import SoftmaxAttention
-from tevo.testing.checks import check, close, compare_gradients, expect, limit, oracle_of, step_through
-from tevo.testing.subject import Subject, stateful
+from tevo.testing.checks import (
+    check,
+    close,
+    compare_gradients,
+    expect,
+    is_mixer_like,
+    limit,
+    oracle_of,
+    step_through,
+)
+from tevo.testing.subject import SeatedObjective, Subject, stateful
 from tevo.testing.tolerances import RUNGS
 
 
@@ -45,6 +54,35 @@ def check_padded_continuation(s: Subject) -> float:
         worst = max(
             worst, close(f"{s.name}, positions {how}, after a padded piece", ours, whole[:, first:], RUNGS["F64"])
         )
+    return worst
+
+
+@check(
+    "Cross, with a state: stepping over any split of the queries equals one pass over the same context, padded or not.",
+    lambda s: s.claims("exact_state") and s.claims("cross") and s.claims("bidirectional") and is_mixer_like(s),
+    group="B",
+)
+def check_cross_state(s: Subject) -> float:
+    """What decoding keeps of a context never changes, and is computed apart from the context's own pass."""
+    module, n = s.make(causal=False), s.sizes()[0]
+    owner, x, context = stateful(module), s.inputs(2, n), s.inputs(2, n + 3, seed=2)
+    masks: list[Tensor | None] = [None]
+    if s.claims("padding"):
+        masks.append(torch.arange(n + 3) < torch.tensor([[n + 3], [n - 1]]))
+    worst = 0.0
+    for mask in masks:
+        whole = s.call(module, x, context, mask=mask)
+        for pieces in ((n,), (n - 4, 1, 3)):
+            outputs, start = [], 0
+            with torch.no_grad():
+                state = owner.init_state(2, context=context, mask=mask)
+                for piece in pieces:
+                    at = torch.arange(start, start + piece).expand(2, -1)
+                    y, state = owner.step(x[:, start : start + piece], state, at=at)
+                    outputs.append(y)
+                    start += piece
+            what = f"{s.name} over {'a' if mask is None else 'a padded'} context in pieces {pieces}"
+            worst = max(worst, close(what, torch.cat(outputs, 1), whole, RUNGS["F64"]))
     return worst
 
 
@@ -137,3 +175,19 @@ def check_beside(s: Subject) -> float:
     """Tables, derivatives and training-time forms that no forward pass in evaluation reaches."""
     system = sys.modules[s.cls.__module__]
     return max(close(what, ours, theirs, most) for what, ours, theirs, most in oracle_of(s).beside(system))
+
+
+@check(
+    "Objective: a batch hides what the second formulation says it hides.",
+    lambda s: s.house and hasattr(oracle_of(s), "corruption"),
+    group="B",
+    seat="objective",
+    house=True,
+)
+def check_corruption(s: Subject) -> float:
+    """A loss is right for whatever it is shown, also for the answer."""
+    seated = s.make()
+    assert isinstance(seated, SeatedObjective)
+    for what, holds in oracle_of(s).corruption(seated.objective, seated.batch(64, max(s.sizes()))):
+        expect(holds, f"{s.name}: it does not hold that {what}")
+    return 0.0

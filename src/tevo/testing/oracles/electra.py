@@ -80,6 +80,31 @@ def reference(objective: nn.Module, model: nn.Module, batch: dict[str, Tensor]) 
     return sum(nats) / len(nats) + objective.weight * sum(bits) / len(bits)
 
 
+def corruption(objective: nn.Module, batch: dict[str, Tensor]) -> Iterator[tuple[str, bool]]:
+    """What must hold of a batch: which tokens were chosen, and that those are hidden."""
+    hidden = chosen = 0
+    for tokens, masked, real, positions, counts in zip(
+        *(batch[name].tolist() for name in ("tokens", "masked", "mask", "positions", "chosen")), strict=True
+    ):
+        picked = [p for p, counted in zip(positions, counts, strict=True) if counted]
+        most = max(1, round(sum(real) * objective.rate))
+        open_ = [i for i, token in enumerate(tokens) if real[i] and token not in objective.special]
+        yield "as many tokens are chosen as the rate says", len(picked) == min(most, len(open_))
+        yield "chosen tokens are different, real and not special", len(set(picked) & set(open_)) == len(picked)
+        for i, (token, shown) in enumerate(zip(tokens, masked, strict=True)):
+            if i not in picked:
+                yield "tokens that are not chosen are shown as they are", shown == token
+            elif token != objective.mask_token:
+                yield "a chosen token is shown as the mask, or kept", shown in (token, objective.mask_token)
+                chosen, hidden = chosen + 1, hidden + (shown == objective.mask_token)
+    share = 1 - objective.keep
+    # five standard errors of a binomial count
+    yield (
+        "chosen tokens are hidden but for the share kept",
+        abs(hidden - chosen * share) <= 5 * (chosen * share * (1 - share)) ** 0.5,
+    )
+
+
 def official(system: ModuleType, arrays: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """Both losses, hidden vectors, samples, and gradients of all parameters of the total and of the generator's loss."""
     model = system.ElectraEncoder(
