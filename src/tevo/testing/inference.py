@@ -150,7 +150,12 @@ def check_refuses_contexts(s: Subject) -> float:
     return 0.0
 
 
-@check("Counted FLOPs of reading a context grow with its length as the card declares.", once=True, seat="inference")
+@check(
+    "Counted FLOPs of reading a context grow with its length as the card declares.",
+    group="E",
+    once=True,
+    seat="inference",
+)
 def check_reading_cost(s: Subject) -> float:
     """Fitted over three octaves."""
     exponent = growth(s)["exponent"]
