@@ -37,6 +37,7 @@ __all__ = [
     "Message",
     "absorb",
     "absorption_pays",
+    "centred",
     "compete",
     "folded_read",
     "logits",
@@ -277,9 +278,14 @@ def _piece(
     return _Piece(part, rstd, mask, None if slots is None else slots[rows])
 
 
+def centred(v: Tensor) -> Tensor:
+    """Equation (4)'s v' of ``v`` (..., d)."""
+    return v - v.mean(-1, keepdim=True)
+
+
 def _centred(v: Tensor, rstd: Tensor | None) -> Tensor:
-    """Equation (4)'s v' of ``v`` (..., d); v itself without a norm."""
-    return v if rstd is None else v - v.mean(-1, keepdim=True)
+    """The same; v itself without a norm."""
+    return v if rstd is None else centred(v)
 
 
 def _map(q: Tensor, offset: Tensor, p: _Piece, shared: Folded, passes: int = 1) -> Tensor:

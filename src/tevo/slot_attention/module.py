@@ -265,7 +265,9 @@ class SlotAttention(nn.Module):
             return self._plain_reader(x, slots, scene)
         # a compiler fuses better than pieces do, and need not know their number
         few = x.numel() < (core.MANY if torch.is_grad_enabled() else core.MORE)
-        if (few or torch.compiler.is_compiling()) and not self._lean:
+        if torch.compiler.is_compiling() and not self._lean:
+            return self._traced_reader(x, scene)
+        if few and not self._lean:
             return self._absorbed_reader(x, scene)
         return self._folded_reader(x, k, self.gradient.tracked(iterations), scene)
 
@@ -315,6 +317,36 @@ class SlotAttention(nn.Module):
             a = self._map(qk, offset, xh, scene)
             total, mass = core.read(a.flatten(1, 2)[:, None], xh[:, None], eps=self.aggregation.eps, mask=scene.mask)
             total, mass = total.view_as(qk), mass.view(qk.shape[:3])
+            return Reading(core.unabsorb(total, mass, value, gain, bias), mass, lambda: a)
+
+        return read
+
+    def _traced_reader(self, x: Tensor, scene: Scene) -> Reader:
+        """The folded form whole, for a compiler: it fuses what is not a product, and xh is never written."""
+        if self.norm_eps is None:
+            return self._absorbed_reader(x, scene)
+        x = blank(x, scene.mask).to(_wide(x))
+        gain, bias = self._affine(x.dtype)
+        key, value = self.k.weight.to(x.dtype), self.v.weight.to(x.dtype)
+        variance, _ = torch.var_mean(x, -1, correction=0)
+        rstd = (variance + self.norm_eps).rsqrt()[:, None]  # b 1 n
+
+        def read(normed: Tensor) -> Reading:
+            qk, offset = core.absorb(self._queries(normed, x.dtype), key, gain, bias)
+            rows = core.centred(qk.flatten(1, 2))  # b hk d
+            logits = core.logits(rows, None, x) * rstd
+            if offset is not None:
+                logits = logits + offset.flatten(1, 2)[..., None]
+            a = core.compete(
+                logits.unflatten(1, qk.shape[1:3]),
+                joint=self.competition.joint,
+                mask=scene.mask,
+                slot_mask=scene.slot_mask,
+            )
+            w = a.flatten(1, 2) + self.aggregation.eps
+            if scene.mask is not None:
+                w = w.masked_fill(~scene.mask[:, None], 0.0)
+            total, mass = core.centred((w * rstd) @ x).view_as(qk), w.sum(-1).view(qk.shape[:3])
             return Reading(core.unabsorb(total, mass, value, gain, bias), mass, lambda: a)
 
         return read
