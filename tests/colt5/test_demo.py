@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from tests.colt5.test_training import BYTES, SMALL
 
 from tevo.cli import main
-from tevo.colt5 import cost, demo, training
+from tevo.colt5 import cost, demo, reading, training
 from tevo.colt5.recipes import CoLT5Recipe
 
 LIVE: dict[str, Any] = {
@@ -102,7 +102,7 @@ def test_a_file_and_a_question_of_the_user_s_are_shown_whole(
 
 def test_the_default_text_of_a_module_holds_the_answer_to_its_question(home: Path) -> None:
     _, task, _, _ = training.open_run(home / "bytes")
-    text, question, answer = demo.default_question(task)
+    text, question, answer = reading.long_text(task.last, "test")
     name = question.removeprefix("signature of ").removesuffix("?")
     assert f"def {name}({answer})" in text
     assert 8000 < len(text.encode()) < 33000
@@ -110,7 +110,7 @@ def test_the_default_text_of_a_module_holds_the_answer_to_its_question(home: Pat
 
 def test_the_default_text_of_words_is_the_first_test_input(home: Path) -> None:
     _, task, _, _ = training.open_run(home / "learned")
-    text, question, answer = demo.default_question(task)
+    text, question, answer = reading.long_text(task.last, "test")
     rows = task.batch("test", 0, 0, 1)
     tokens = training.question_tokens(task.last, question, text)
     assert tokens.tolist() == rows["inputs"].tolist() and answer == task.last.text(rows["targets"][0])

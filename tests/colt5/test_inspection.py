@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from tests.colt5.test_training import BYTES, SMALL
 
 from tevo.cli import main
-from tevo.colt5 import inspection, training
+from tevo.colt5 import inspection, reading, training
 from tevo.taps import record
 
 
@@ -94,12 +94,12 @@ def test_the_pieces_of_a_text_put_together_are_the_text() -> None:
     task = training.build_task(BYTES)
     text = 'f?\nx = "αβ—✓" # ok'.encode() + b"\xff!"
     tokens = torch.cat([torch.tensor(list(text)) + 3, torch.zeros(4, dtype=torch.long)])
-    pieces = inspection.pieces_of(task.last, tokens)
+    pieces = reading.pieces_of(task.last, tokens)
     assert len(pieces) == len(tokens)
     assert "".join(pieces) == 'f?\nx = "αβ—✓" # ok\N{REPLACEMENT CHARACTER}!'
     words = training.build_task(SMALL)
     inputs = words.batch("valid", 0, 0, 1)["inputs"][0]
-    assert "".join(inspection.pieces_of(words.last, inputs)).split() == words.last.text(inputs).split()
+    assert "".join(reading.pieces_of(words.last, inputs)).split() == words.last.text(inputs).split()
 
 
 def test_a_map_keeps_the_text_and_darkens_with_weight() -> None:

@@ -72,9 +72,10 @@ def _answered(folder: Path, options: Options) -> str:
     if not options.input or not options.question:
         raise ValueError(f"{folder} answers questions; give --input FILE and --question, as in `{EXAMPLES[1]}`")
 
-    from tevo.colt5.training import open_run, question_tokens
+    from tevo.colt5.reading import read as read_text
+    from tevo.colt5.training import open_run
 
     text = Path(options.input).read_bytes().decode("utf-8", errors="replace")
     _, task, model, _ = open_run(folder)
-    tokens = model.answer(question_tokens(task.last, options.question, text), most=options.tokens)
-    return task.last.text(tokens[0])
+    reading = read_text(task.last, options.question, text)
+    return reading.say(model.answer(reading.tokens, most=options.tokens)[0])

@@ -13,22 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from tevo import pages
-from tevo.colt5.inspection import TEMPLATES, choices, describe_run, heat_map, maps, pieces_of, sentences, survey
+from tevo.colt5.inspection import TEMPLATES, choices, describe_run, heat_map, maps, sentences, survey
+from tevo.colt5.reading import Reading, held_out, long_text, read
 from tevo.colt5.recipes import CoLT5Recipe
-from tevo.colt5.tasks import Modules
-from tevo.colt5.training import Answerer, Curriculum, open_run, question_tokens
+from tevo.colt5.training import Answerer, Curriculum, open_run
 from tevo.slot_attention import charts
 
-__all__ = ["SHIPPED", "Asked", "asked", "default_question", "make_page", "read_record"]
+__all__ = ["SHIPPED", "Asked", "asked", "make_page", "read_record"]
 
 # packed runs in learned/ and static/, and record.json: all runs that they were taken from
 SHIPPED = Path(__file__).with_name("shipped")
 
-# bytes of the text that is shown where none is given, about
-_TEXT = 16384
 _QUESTIONS = 5
 _LONGEST = 64  # tokens of an answer
 
@@ -44,41 +41,15 @@ class Asked(NamedTuple):
     tokens: int
 
 
-def default_question(task: Curriculum) -> tuple[str, str, str]:
-    """A held-out text, about 16 KB of it where it is a module, a question about it, and the right answer."""
-    last = task.last
-    if not isinstance(last, Modules):
-        rows = last.batch("test", 0, 0, 1)
-        asks = last.oracle(rows["inputs"], rows["targets"]).question[0].nonzero()[-1, 0] + 1
-        inputs = rows["inputs"][0]
-        return last.text(inputs[int(asks) :]), last.text(inputs[: int(asks)]), last.text(rows["targets"][0])
-    items = last.items("test")
-    # the module whose length is nearest, and of its questions one from the middle of the text
-    source = min((source for source, _ in items), key=lambda source: abs(len(source) - _TEXT))
-    own = sorted((item for other, item in items if other is source), key=lambda item: item.begin)
-    item = own[len(own) // 2]
-    shown = source if item.put is None else source[: item.begin] + item.put + source[item.end :]
-    return shown.decode("utf-8", errors="replace"), item.question.decode(), item.answer.decode()
-
-
-def asked(model: Answerer, task: Curriculum, *, question: str, text: str, right: str | None) -> Asked:
-    """The answer to a question about a text, and what was routed for it.
-
-    Args:
-        model: in evaluation mode.
-        task: says how text becomes tokens.
-        question: in the words of the task.
-        text: as long as memory allows.
-        right: the right answer, if it is known.
-    """
-    tokens = question_tokens(task.last, question, text)
+def asked(model: Answerer, reading: Reading) -> Asked:
+    """The answer of a model in evaluation mode, and what was routed for it."""
     began = time.perf_counter()
-    given = task.last.text(model.answer(tokens, most=_LONGEST)[0])
+    given = reading.say(model.answer(reading.tokens, most=_LONGEST)[0])
     seconds = time.perf_counter() - began
     drawn: list[dict[str, str]] = []
     if model.share is not None:
-        drawn = maps(pieces_of(task.last, tokens[0]), choices(model, tokens).weights[:, :, 0])
-    return Asked(question, right, given, seconds, drawn, tokens.shape[1])
+        drawn = maps(reading.pieces, choices(model, reading.tokens).weights[:, :, 0])
+    return Asked(reading.question, reading.right, given, seconds, drawn, reading.tokens.shape[1])
 
 
 def make_page(
@@ -110,16 +81,11 @@ def make_page(
         sentences on what was found and what is missing.
     """
     recipe, task, model, step = open_run(learned)
-    own_text, own_question, right = default_question(task)
     if text is not None and question is None:
-        raise ValueError(f"--text needs a --question about it, such as {own_question!r}")
-    main = asked(
-        model,
-        task,
-        question=question or own_question,
-        text=own_text if text is None else text,
-        right=right if text is None and question is None else None,
-    )
+        raise ValueError(f"--text needs a --question about it, such as {long_text(task.last, 'test')[1]!r}")
+    own_text, own_question, right = long_text(task.last, "test") if text is None else (text, "", None)
+    reading = read(task.last, question or own_question, own_text)
+    main = asked(model, reading if question else reading._replace(right=right))
     others = None if static is None else open_run(static)
     if others is not None and others[1].facts != task.facts:
         raise ValueError(f"{static} was trained on another task than {learned}; give two runs of one task")
@@ -167,30 +133,21 @@ def _switch(model: Answerer, task: Curriculum, other: Answerer | None) -> list[d
     """Held-out questions, each answered by learned routing and by static."""
     if other is None:
         return []
-    rows = task.batch("test", 0, 0, _QUESTIONS)
-    oracle = task.last.oracle(rows["inputs"], rows["targets"])
-    both = {}
-    for name, one in (("learned", model), ("static", other)):
-        answers = one.answer(rows["inputs"], most=task.answer_length)
-        weights = None if one.share is None else choices(one, rows["inputs"]).weights
-        both[name] = (answers, weights)
     found = []
-    for i, inputs in enumerate(rows["inputs"]):
-        pieces = pieces_of(task.last, inputs)
-        marked = oracle.answer[i] if bool(oracle.answer[i].any()) else oracle.evidence[i]
-        right = task.last.text(rows["targets"][i])
+    for one in held_out(task, "test", _QUESTIONS):
         sides = []
-        for name, (answers, weights) in both.items():
-            given = task.last.text(answers[i])
-            side_maps = [] if weights is None else _layers(pieces, weights[:, :, i].mean(1), marked)
-            sides.append({"name": name, "given": given, "right": given == right, "maps": side_maps})
-        asks = zip(pieces, oracle.question[i].tolist(), strict=True)
-        found.append({"question": "".join(piece for piece, asks_it in asks if asks_it), "right": right, "sides": sides})
+        for name, side in (("learned", model), ("static", other)):
+            given = one.say(side.answer(one.tokens, most=task.answer_length)[0])
+            drawn: list[dict[str, str]] = []
+            if side.share is not None:
+                weights = choices(side, one.tokens).weights[:, :, 0].mean(1)  # l n
+                drawn = [
+                    {"name": f"layer {i + 1}", "html": heat_map(one.pieces, w, one.marked)}
+                    for i, w in enumerate(weights)
+                ]
+            sides.append({"name": name, "given": given, "right": given == one.right, "maps": drawn})
+        found.append({"question": one.question, "right": one.right, "sides": sides})
     return found
-
-
-def _layers(pieces: list[str], weights: Tensor, marked: Tensor) -> list[dict[str, str]]:
-    return [{"name": f"layer {i + 1}", "html": heat_map(pieces, w, marked)} for i, w in enumerate(weights)]
 
 
 def _switch_said(switch: list[dict[str, Any]]) -> str:

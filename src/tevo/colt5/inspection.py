@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from tevo import pages
+from tevo.colt5.reading import held_out
 from tevo.colt5.recipes import CoLT5Recipe
-from tevo.colt5.tasks.contract import LongTask
-from tevo.colt5.tasks.modules import OFFSET, Modules
 from tevo.colt5.training import Answerer, Curriculum, curve, open_run
 from tevo.slot_attention import charts
 from tevo.taps import record
@@ -39,7 +38,6 @@ __all__ = [
     "heat_map",
     "make_page",
     "maps",
-    "pieces_of",
     "recall",
     "sentences",
     "survey",
@@ -143,23 +141,6 @@ def _numbers(table: Tensor) -> list[list[float | None]]:
     return [[None if value != value else round(value, 4) for value in row] for row in table.tolist()]
 
 
-def pieces_of(task: LongTask, tokens: Tensor) -> list[str]:
-    """The text of each token of an input (n,), spaces between words included; bytes inside a letter join its first.
-
-    Padding is empty.
-    """
-    if not isinstance(task, Modules):
-        return ["" if int(token) == 0 else f"{task.text([int(token)])} " for token in tokens]
-    pieces = [""] * len(tokens)
-    raw = bytes(max(int(token) - OFFSET, 0) for token in tokens)
-    at = 0
-    for letter in raw[: int((tokens != 0).sum())].decode("utf-8", errors="surrogateescape"):
-        broken = 0xDC80 <= ord(letter) <= 0xDCFF
-        pieces[at] = "\N{REPLACEMENT CHARACTER}" if broken else letter
-        at += 1 if broken else len(letter.encode())
-    return pieces
-
-
 def heat_map(pieces: Sequence[str], weights: Tensor, marked: Tensor | None = None) -> str:
     """A text as HTML, each piece the darker the more weight (n,) it has; ``marked`` (n,) bool are underlined.
 
@@ -226,24 +207,12 @@ def make_page(folder: Path, target: Path, *, split: str = "test", texts: int = 3
     """
     recipe, task, model, step = open_run(folder)
     found = survey(model, task, split=split, rows=rows)
-    given = task.batch(split, 0, 0, texts)
-    seen = choices(model, given["inputs"])
-    oracle = task.last.oracle(given["inputs"], given["targets"])
-    answers = model.answer(given["inputs"], most=task.answer_length)
     examples = []
-    for i, inputs in enumerate(given["inputs"]):
-        pieces = pieces_of(task.last, inputs)
-        marked = oracle.answer[i] if bool(oracle.answer[i].any()) else oracle.evidence[i]
-        examples.append(
-            {
-                "question": "".join(
-                    piece for piece, asked in zip(pieces, oracle.question[i].tolist(), strict=True) if asked
-                ),
-                "right": task.last.text(given["targets"][i]),
-                "given": task.last.text(answers[i]),
-                "maps": maps(pieces, seen.weights[:, :, i], marked),
-            }
-        )
+    for one in held_out(task, split, texts):
+        answer = one.say(model.answer(one.tokens, most=task.answer_length)[0])
+        weights = choices(model, one.tokens).weights[:, :, 0]
+        drawn = maps(one.pieces, weights, one.marked)
+        examples.append({"question": one.question, "right": one.right, "given": answer, "maps": drawn})
     match = sum(one["right"] == one["given"] for one in examples)
     title = f"What {folder.name} routes"
     text = pages.render(
