@@ -7,7 +7,7 @@ import torch
 
 from tevo.bench.tasks import IGNORED
 from tevo.colt5.tasks import Code
-from tevo.colt5.tasks.code import KNOWN, words_of
+from tevo.colt5.tasks.code import KNOWN, NAME, QUESTION, words_of
 from tevo.colt5.tasks.contract import END, PAD
 
 TEXT = """
@@ -63,17 +63,17 @@ def test_the_marked_tokens_are_enough_for_the_answer(task: Code) -> None:
 
 def test_names_are_drawn_anew_for_each_row_and_depth_is_spread(task: Code) -> None:
     batch = task.batch("train", 0, 0, 400)
-    asked = batch["inputs"][:, 1]
+    asked = batch["inputs"][:, NAME]
     assert len(asked.unique()) > 200 and (asked >= len(KNOWN)).all()
     depth = task.depth(**batch)
     assert 0.35 < depth.mean() < 0.65 and depth.std() > 0.2
 
 
 def test_training_rows_alone_tell_the_answer(task: Code) -> None:
-    told = task.batch("train", 0, 0, 1000)["inputs"][:, 2] == KNOWN.index("(")
+    told = task.batch("train", 0, 0, 1000)["inputs"][:, NAME + 1] == KNOWN.index("(")
     # five standard deviations of a share
     assert abs(told.double().mean().item() - 0.5) < 0.08
-    assert (task.batch("valid", 0, 0, 50)["inputs"][:, 2] == KNOWN.index("?")).all()
+    assert (task.batch("valid", 0, 0, 50)["inputs"][:, NAME + 1] == KNOWN.index("?")).all()
 
 
 def test_a_text_of_ones_own_is_read_as_the_modules_are() -> None:
@@ -81,7 +81,7 @@ def test_a_text_of_ones_own_is_read_as_the_modules_are() -> None:
     found = task.encode("first", TEXT)
     said = [found.words[int(token)] for token in task.solve(found.tokens[None])[0]]
     assert said == ["<1>", "self", "<2>", "other", "<3>", "key", "</s>"]
-    assert [found.words[int(token)] for token in found.tokens[3:]] == words_of(TEXT)
+    assert [found.words[int(token)] for token in found.tokens[QUESTION:]] == words_of(TEXT)
 
 
 def test_the_baseline_is_the_most_frequent_answer(task: Code) -> None:

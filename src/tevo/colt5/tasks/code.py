@@ -1,10 +1,10 @@
 """Code: the parameters of a named function, in a long window of a module of the running CPython's standard library.
 
-    <ask> NAME ?   import os ... def other ( self , a ) : ... def NAME ( self , other , key ) : ...
-                                                                    <1> self <2> other <3> key
+    what are the parameters of the function NAME ?   import os ... def NAME ( self , other , key ) : ...
+                                                                            <1> self <2> other <3> key
 
-A token is a word: a name, a number, or a sign; line ends and spaces are left out. Keywords, signs and "self" have tokens of
-their own. All other words of a row get tokens drawn anew for each row, as entities do in the reading task of Hermann et al.
+A token is a word: a name, a number, or a sign; line ends and spaces are left out. Keywords, signs, "self" and the
+question's words have tokens of their own. All other words of a row get tokens drawn anew for each row, as entities do in the reading task of Hermann et al.
 (arXiv 1506.03340): nothing can be known of a function by its name, and no vocabulary is needed; a row's answer is spelled
 by the words that stand in its text. Functions are asked for that a module defines once, with two or three parameters
 without defaults, stars and annotations. The window is drawn so that the depth of the answer is spread over it; whole packages
@@ -34,13 +34,16 @@ from tevo.data.text import stdlib_corpus
 
 __all__ = ["Code", "Encoded", "words_of"]
 
-ASK = 2
 SLOTS = 3  # parameters asked for at most
-FIXED = (*sorted(keyword.kwlist), *string.punctuation, "self")
-KNOWN = ("<pad>", "</s>", "<ask>", *(f"<{i + 1}>" for i in range(SLOTS)), *FIXED)
+LEAD = ("what", "are", "the", "parameters", "of", "the", "function")
+FIXED = (*sorted(keyword.kwlist), *string.punctuation, "self", *dict.fromkeys(LEAD))
+KNOWN = ("<pad>", "</s>", *(f"<{i + 1}>" for i in range(SLOTS)), *FIXED)
+FIRST = KNOWN.index("<1>")
+NAME = len(LEAD)  # place of the name in the question
 TOKEN = {word: token for token, word in enumerate(KNOWN)}
 DEF, OPEN, CLOSE, COMMA = (TOKEN[word] for word in ("def", "(", ")", ","))
-QUESTION = 3  # tokens
+QUESTION = NAME + 2  # tokens
+_LEAD = [TOKEN[word] for word in LEAD]
 _WORD = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
 
 
@@ -145,9 +148,9 @@ class Code(LongTask):
             window, at = places[start : start + room], item.at - start
             tokens, _ = self._tokens(table, window, raw[row, 3:])
             answer = tokens[at + 3 : at + 3 + 2 * len(item.parameters) : 2]
-            line = np.concatenate([[ASK, tokens[at + 1]], tokens[at + 2 : at + 2 + shown], [TOKEN["?"]], tokens])
+            line = np.concatenate([_LEAD, tokens[at + 1 : at + 2 + shown], [TOKEN["?"]], tokens])
             inputs[row, : len(line)] = line
-            targets[row, : 2 * len(answer)] = np.stack([3 + np.arange(len(answer)), answer], 1).ravel()
+            targets[row, : 2 * len(answer)] = np.stack([FIRST + np.arange(len(answer)), answer], 1).ravel()
             targets[row, 2 * len(answer)] = END
         return inputs, targets
 
@@ -178,13 +181,13 @@ class Code(LongTask):
         tokens, meaning = self._tokens(
             table.tolist(), places.astype(np.int64), np.random.Philox(0).random_raw(self.names)
         )
-        line = [ASK, int(tokens[words.index(name)]), TOKEN["?"], *tokens.tolist()]
+        line = [*_LEAD, int(tokens[words.index(name)]), TOKEN["?"], *tokens.tolist()]
         known = dict(enumerate(KNOWN))
         return Encoded(torch.tensor(line), {**known, **meaning})
 
     def _told(self, inputs: Tensor) -> Tensor:
         """(b,): the place of the ``def`` of the function that is asked for."""
-        same = (inputs[:, :-1] == DEF) & (inputs[:, 1:] == inputs[:, 1:2])
+        same = (inputs[:, :-1] == DEF) & (inputs[:, 1:] == inputs[:, NAME : NAME + 1])
         return same.int().argmax(-1)
 
     def solve(self, inputs: Tensor) -> Tensor:
@@ -195,17 +198,17 @@ class Code(LongTask):
         given = inputs.gather(1, (at + torch.arange(3, 3 + 2 * SLOTS)).clamp(max=inputs.shape[1] - 1))
         going = torch.ones(len(inputs), dtype=torch.bool)
         for slot in range(SLOTS):
-            found[going, 2 * slot], found[going, 2 * slot + 1] = 3 + slot, given[going, 2 * slot]
+            found[going, 2 * slot], found[going, 2 * slot + 1] = FIRST + slot, given[going, 2 * slot]
             going = going & (given[:, 2 * slot + 1] == COMMA)
         return found
 
     def oracle(self, inputs: Tensor, targets: Tensor) -> Oracle:
-        """The name asked for; ``def``, name and parameters; the parameters."""
+        """The question; ``def``, name and parameters; the parameters."""
         place, at = torch.arange(inputs.shape[1])[None], self._told(inputs)[:, None]
-        slots = (targets == 3 + torch.arange(SLOTS)[:, None, None]).any(-1).sum(0)[:, None]  # b 1
+        slots = (targets == FIRST + torch.arange(SLOTS)[:, None, None]).any(-1).sum(0)[:, None]  # b 1
         behind = place - at
         answer = (behind >= 3) & (behind < 3 + 2 * slots) & (behind % 2 == 1)
-        return Oracle((place == 1).expand_as(answer), (behind >= 0) & (behind < 3 + 2 * slots), answer)
+        return Oracle((place < QUESTION).expand_as(answer), (behind >= 0) & (behind < 3 + 2 * slots), answer)
 
 
 def _is(table: Sequence[str], places: Rows, word: str) -> npt.NDArray[np.bool_]:
