@@ -190,9 +190,12 @@ def failing_disk(number: int, error: int) -> Iterator[FailsAt]:
         yield fails
 
 
-def failing_saves(tally: Tally, home: Path) -> None:
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
+
+
+def failing_saves(tally: Tally, home: Path, errors: tuple[int, ...] = ERRORS) -> None:
     """The n-th operation of a save fails, for every n, as a full disk, a broken one and a forbidden one."""
-    for error in (errno.ENOSPC, errno.EIO, errno.EACCES):
+    for error in errors:
         for number in range(1, 200):
             run = home / f"{error}-{number}"
             checkpoint.save(run, 1, some_tensors(1), META)

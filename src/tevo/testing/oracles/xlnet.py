@@ -66,6 +66,25 @@ def reference(objective: nn.Module, model: nn.Module, batch: dict[str, Tensor]) 
     return torch.stack(nats).mean()
 
 
+def corruption(objective: nn.Module, batch: dict[str, Tensor]) -> Iterator[tuple[str, bool]]:
+    """What must hold of a batch: which tokens are predicted, and in which order they are factorised."""
+    n = batch["tokens"].shape[1]
+    block = n if objective.block is None else objective.block
+    for tokens, real, rank, places, counts in zip(
+        *(batch[name].tolist() for name in ("tokens", "mask", "rank", "places", "chosen")), strict=True
+    ):
+        targets = [p for p, counted in zip(places, counts, strict=True) if counted]
+        possible = [j for j in range(n) if real[j] and tokens[j] not in objective.functional]
+        goal = min(max(1, sum(real) // objective.share), len(possible))
+        yield "one token in share is predicted", len(targets) == goal
+        yield "targets are different, real and not special", len(set(targets) & set(possible)) == len(targets)
+        ranked = [j for j in range(n) if j in targets or (real[j] and tokens[j] in objective.functional)]
+        yield "ranks are of targets and special tokens alone", [j for j in range(n) if rank[j] >= 0] == ranked
+        yield "all others come before every rank", all(rank[j] == -1 for j in range(n) if j not in ranked)
+        yield "no two tokens share a rank", len({rank[j] for j in ranked}) == len(ranked)
+        yield "ranks stay in their tokens' blocks", all(rank[j] // block == j // block for j in ranked)
+
+
 def official(system: ModuleType, arrays: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """Two streams with segments and memory: hidden vectors, memories, logits, loss, gradients; and the content alone,
     padded, whose gradients count padding rows and are not compared.
