@@ -3,12 +3,12 @@
     what are the parameters of the function NAME ?   import os ... def NAME ( self , other , key ) : ...
                                                                             <1> self <2> other <3> key
 
-A token is a word: a name, a number, or a sign; line ends and spaces are left out. Keywords, signs, "self" and the
-question's words have tokens of their own. All other words of a row get tokens drawn anew for each row, as entities do in the reading task of Hermann et al.
-(arXiv 1506.03340): nothing can be known of a function by its name, and no vocabulary is needed; a row's answer is spelled
-by the words that stand in its text. Functions are asked for that a module defines once, with two or three parameters
-without defaults, stars and annotations. The window is drawn so that the depth of the answer is spread over it; whole packages
-are held out (:mod:`tevo.data.text`).
+A token is a word: a name, a number, or a sign; line ends and spaces are left out. Keywords, signs, "self" and the words of
+the question have tokens of their own. All other words of a row get tokens drawn anew for it, as entities do in the reading
+task of Hermann et al. (arXiv 1506.03340): nothing can be known of a function by its name, no vocabulary is needed, and an
+answer is spelled by the words that stand in the text. Functions are asked for that a module defines once, with two or three
+parameters without defaults, stars and annotations. The window is drawn so that the depth of the answer is spread over it;
+whole packages are held out (:mod:`tevo.data.text`).
 """
 
 from __future__ import annotations
