@@ -22,7 +22,7 @@ from tevo.testing.evidence import official
 from tevo.testing.subject import Subject, subjects
 
 # the groups of the fast tier, and what else is fast
-TIER, BESIDE = "ABC", ("flops",)
+TIER, BESIDE = "ABC", ("flops", "training_is_seeded")
 # cheap checks that see most; the second formulation is written in loops
 FIRST = ("shape_and_dtype", "causal", "prefix", "padding", "exact_state", "oracle")
 

@@ -87,6 +87,23 @@ def check_cross_state(s: Subject) -> float:
 
 
 @check(
+    "Cross, causal, with fewer keys than queries: it equals the second formulation, zeros before the first key included.",
+    lambda s: s.claims("cross") and s.claims("causal") and s.card.role == "mixer",
+    group="B",
+    house=True,
+)
+def check_before_the_first_key(s: Subject) -> float:
+    """Aligned bottom-right, the first queries come before every key."""
+    module, n = s.make(causal=True), s.sizes()[0]
+    x, context = s.inputs(2, n).requires_grad_(), s.inputs(2, max(1, n - 3), seed=2).requires_grad_()
+    theirs = oracle_of(s).reference(module, x, context)
+    most = limit(s, "oracle", "F64")
+    return compare_gradients(
+        f"{s.name}, more queries than keys", module, [x, context], s.call(module, x, context), theirs, most
+    )
+
+
+@check(
     "Exact state: in bfloat16, stepping computes what it computes in float32 with the same weights, within 2 %.",
     lambda s: s.claims("exact_state"),
     group="C",
