@@ -1,4 +1,4 @@
-"""``python -m docs.generate``: writes catalogue.md, benchmarks.md, slots_*.md, systems/<id>.md, counted lines of README.md."""
+"""``python -m docs.generate``: writes catalogue.md, benchmarks.md, slots_*.md, colt5_routing.md, systems/<id>.md, counted lines of README.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import slot_language, slot_variants
+from benchmarks import colt5_routing, slot_language, slot_variants
 from tevo.card import CLAIMS
 from tevo.catalogue.rows import PACKAGE, Row, list_systems
 from tevo.cli.show import evidence_lines
@@ -151,7 +151,11 @@ def pages() -> dict[Path, str]:
     """Every generated file and its content."""
     root = DOCS.parent
     made = {DOCS / "catalogue.md": catalogue(), DOCS / "benchmarks.md": benchmarks(), DOCS / "slots.md": slots()}
-    for name, table in (("slots_language", slot_language), ("slots_variants", slot_variants)):
+    for name, table in (
+        ("slots_language", slot_language),
+        ("slots_variants", slot_variants),
+        ("colt5_routing", colt5_routing),
+    ):
         made[DOCS / f"{name}.md"] = table.page(json.loads(table.TARGET.read_text(encoding="utf-8")))
     for row in list_systems(baselines=True):
         if row.card:

@@ -20,6 +20,7 @@ def small_blocks(monkeypatch):
     # so that sequences of a few tokens have several blocks, and several pieces
     monkeypatch.setattr(plain, "SMALLEST_BLOCK", 2)
     monkeypatch.setattr(kernel, "PIECE", 40)
+    monkeypatch.setattr(kernel, "SHORT", 0)
 
 
 def example(n: int, radius: int, mask: str = "", dtype: torch.dtype = torch.float64) -> dict:

@@ -27,6 +27,8 @@ __all__ = ["local_attention"]
 
 # numbers in a piece of P: few enough for two of them to stay in cache, enough to outweigh the calls from Python
 PIECE = 2**19
+# tokens below which the reference trains faster: its calls from Python serve all rows at once
+SHORT = 2**9
 LOG2_E = math.log2(math.e)
 # an exponent whose power is zero, in single precision too, and that stays finite when others are added
 FAR = -1e30
@@ -48,11 +50,11 @@ def local_attention(
     here = q.device.type == "cpu" and q.dtype == bias.dtype and q.dtype in (torch.float32, torch.float64)
     # the fused kernel wants one width; up to four radii the dense form is as fast
     fits = q.ndim == 4 and q.shape == v.shape and q.shape[2] > max(4 * radius, plain.SMALLEST_BLOCK)
-    if not here or not fits or 0 in q.shape:
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
+    if not here or not fits or 0 in q.shape or (trained and q.shape[2] < SHORT):
         return plain.local_attention(q, k, v, radius=radius, mask=mask, bias=bias, scale=scale)
     plain._check(q, k, v, radius, mask, bias, None, None, None, None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
     # as in the plain form: smaller blocks need fewer keys in vain, but more windows, whose gradients must be added up
     c = max(plain.SMALLEST_BLOCK, -(-radius // (2 if trained else 4)))
     run = _Local.apply if trained else _forward
