@@ -152,7 +152,8 @@ def test_a_packed_run_gives_the_same_score(finished: Path, tmp_path: Path) -> No
         rows = task.batch("valid", 0, 0, 7)
         with torch.no_grad():
             scores.append(model(rows["inputs"], rows["shown"]))
-    assert torch.equal(*scores)
+    # weights in half precision: 11 bits
+    torch.testing.assert_close(*scores, rtol=0.0, atol=2e-2)
     assert evaluate(model, task, split="valid", batch=4) == dict(training.curve(finished, "valid_exact_match"))[6]
     (tmp_path / "packed" / "weights.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="is damaged"):

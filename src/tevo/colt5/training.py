@@ -388,6 +388,8 @@ def open_run(folder: Path) -> tuple[CoLT5Recipe, Curriculum, Answerer, int]:
         model, step = build_model(recipe, task), recipe.steps
         try:
             weights = load_file(folder / "weights.safetensors")
+            # computed with in full precision
+            weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
         except SafetensorError as error:
             raise ValueError(f"{folder}/weights.safetensors is damaged ({error}); pack the run again") from error
         checkpoint.match(weights, model.state_dict(), where=f"{folder}/weights.safetensors")
@@ -398,11 +400,12 @@ def open_run(folder: Path) -> tuple[CoLT5Recipe, Curriculum, Answerer, int]:
 
 
 def pack(run: Path, folder: Path) -> None:
-    """Write the recipe and the weights of a run, without its optimiser, into ``folder``."""
+    """Write the recipe and the weights of a run, without its optimiser and in half precision, into ``folder``."""
     recipe, _, model, _ = restore(run)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_file(folder / "recipe.json", recipe.to_json())
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "weights.safetensors")
+    kept = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in kept.items()}, folder / "weights.safetensors")
 
 
 def question_tokens(task: LongTask, question: str, text: str) -> Tensor:
