@@ -14,7 +14,16 @@ from pathlib import Path
 from tests.mutants.planting import functions, live, module_of
 
 # what runs once when a part is built or shown is not its equation
-NOT_EQUATIONS = {"__init__", "reset", "reset_parameters", "initialise", "extra_repr", "no_decay", "__repr__", "__post_init__"}
+NOT_EQUATIONS = {
+    "__init__",
+    "reset",
+    "reset_parameters",
+    "initialise",
+    "extra_repr",
+    "no_decay",
+    "__repr__",
+    "__post_init__",
+}
 
 ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,

@@ -26,8 +26,13 @@ RESULTS, EQUIVALENTS = HERE / "results.json", HERE / "equivalents.json"
 def sampled(count: int = SAMPLE, seed: int = SEED) -> list[Mutant]:
     """The sample, drawn from all mutants of the systems' files."""
     every = [m for row in rows().values() if row.card and row.path for m in mutants(row.id, row.path)]
-    # by hash, so that a new system changes little of it
-    chosen = sorted(every, key=lambda m: hashlib.sha256(f"{seed} {m.path.stem}.{m.function}: {m.what} {m.place}".encode()).digest())[:count]
+
+    def lot(mutant: Mutant) -> bytes:
+        # by hash, so that a new system changes little of it
+        words = f"{seed} {mutant.path.stem}.{mutant.function}: {mutant.what} {mutant.place}"
+        return hashlib.sha256(words.encode()).digest()
+
+    chosen = sorted(every, key=lot)[:count]
     return sorted(chosen, key=lambda m: (m.system, m.line, m.place, m.option))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,22 @@ def check_before_the_first_key(s: Subject) -> float:
     return compare_gradients(
         f"{s.name}, more queries than keys", module, [x, context], s.call(module, x, context), theirs, most
     )
+
+
+@check(
+    "Dropout acts in training, and changes nothing in evaluation.",
+    lambda s: s.accepts("dropout"),
+    group="A",
+)
+def check_dropout(s: Subject) -> float:
+    """Examples leave it out, so that nothing else would see it act at the wrong time, or never."""
+    x = s.inputs(2, s.sizes()[0])
+    plain, dropping = (replace(s, example={**s.example, "dropout": rate}).make() for rate in (0.0, 0.5))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        wanted = s.call(plain, x)
+        expect(torch.equal(s.call(dropping, x), wanted), f"{s.name} drops in evaluation")
+        expect(not torch.equal(s.call(dropping.train(), x), wanted), f"{s.name} drops nothing in training")
+    return 0.0
 
 
 @check(
