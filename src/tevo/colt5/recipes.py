@@ -254,4 +254,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # what `tevo demo colt5` shows
-PRESETS["demo"] = PRESETS["code"]
+PRESETS["demo"] = PRESETS["lookup"]

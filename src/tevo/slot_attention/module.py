@@ -284,7 +284,7 @@ class SlotAttention(nn.Module):
         y = blank(y, scene.mask)
         keys, values = (_by_heads(F.linear(y, _as(part.weight, wide)), self.heads) for part in (self.k, self.v))
         scene = self.competition.prepare(self, y, slots, scene)
-        if self.competition.local and x.shape[0] * x.shape[1] < core.FEW:
+        if self.competition.local and x.shape[0] * x.shape[1] <= core.FEWEST:
             return self._short_reader(keys, values, scene)
 
         def read(normed: Tensor) -> Reading:

@@ -35,7 +35,8 @@ CARD = Card(
     exports={"slot_attention": "SlotResampler"},
     cost="n",
     flops=(
-        "iterations * num_slots * (14 * (slot_dim or d) ** 2 + 4 * (slot_dim or d) * hidden_dim) "
+        "iterations * num_slots * (12 * (slot_dim or d) ** 2 + 4 * (slot_dim or d) * hidden_dim) "
+        "+ 2 * (slot_dim or d) ** 2 * (n if n <= 512 else iterations * num_slots) "
         "+ (4 * iterations * num_slots * d * (n + (slot_dim or d)) "
         "if n >= 2048 and iterations * num_slots * d * (n + (slot_dim or d)) "
         "<= n * (slot_dim or d) * (d + iterations * num_slots) "

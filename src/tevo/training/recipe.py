@@ -19,7 +19,17 @@ from tevo.slot_attention.recipes import PRESETS as SLOT_PRESETS
 from tevo.slot_attention.recipes import SlotRecipe
 from tevo.training.base import Recipe, circumstances, option
 
-__all__ = ["PRESETS", "RECIPES", "CoLT5Recipe", "LanguageModelRecipe", "Recipe", "SlotRecipe", "differences", "read", "resolve"]
+__all__ = [
+    "PRESETS",
+    "RECIPES",
+    "CoLT5Recipe",
+    "LanguageModelRecipe",
+    "Recipe",
+    "SlotRecipe",
+    "differences",
+    "read",
+    "resolve",
+]
 
 R = TypeVar("R", bound="Recipe")
 
