@@ -1,7 +1,7 @@
 # ruff: noqa: D102, E501 - each forward is the call that the class translates
 """Attention modules of other libraries, asked what the shared checks ask of ours.
 
-``python -m benchmarks.peers_check`` writes ``benchmarks/results/peers_check.json``: per configuration what holds, and of
+``python -m benchmarks.peers_check`` writes ``benchmarks/peers_check.json``: per configuration what holds, and of
 what does not the sentence with the smallest input. Each module stands behind a wrapper that only translates the call.
 Groups A to C; a claim that a peer does not make is not asked.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tevo.testing import examine, user_subject
 
-RESULT = Path(__file__).parent / "results" / "peers_check.json"
+RESULT = Path(__file__).parent / "peers_check.json"
 
 
 class TorchAttention(nn.Module):
