@@ -49,8 +49,8 @@ __all__ = [
 ]
 
 # numbers of x in a piece of the folded form: few enough for the maps to stay in cache, enough to outweigh the calls from
-# Python and the threads' waiting for each other; fewer where memory is dear, and where a piece is copied
-CHUNK, LEAN, COPIED = 2**20, 2**19, 2**18
+# Python and the threads' waiting for each other; fewer where memory is dear
+CHUNK, LEAN = 2**20, 2**19
 # inputs, and numbers of x, that one product of matrices should have at least
 STRETCH, STRETCH_NUMBERS = 2**9, 2**17
 # width from which products of few rows with all inputs are faster as products of all inputs with few columns
@@ -62,7 +62,7 @@ STEADY = 8.0
 # numbers of x from which the folded form's further calls from Python cost less than the memory traffic it saves in training
 MANY = 2**22
 # the same in inference
-MORE = 2**20
+MORE = 2**23
 # inputs of a whole batch below which the absorbed form's further calls from Python cost more than the products it saves
 FEW = 2**11
 # the same up to which a product more for each of them costs less than one more call in each iteration
@@ -366,7 +366,7 @@ class _Rstd(torch.autograd.Function):
     def forward(x: Tensor, mask: Tensor | None, eps: float) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         rstd = x.new_empty(x.shape[:2], dtype=dtype)
-        for at in _pieces(x, COPIED):
+        for at in _pieces(x, CHUNK):
             part = _piece(x, None, mask, None, at, dtype).x
             # three times as fast as the norm's own pass, and as exact unless a token is far from the origin
             mean = part.mean(-1).square_()
