@@ -33,7 +33,7 @@ HUMAN = "def first(a, b):\n    return a\n\ndef second(c, d):\n    return '\N{BLA
 
 
 def _cell(routing: str, seed: int, score: float) -> dict[str, Any]:
-    curves = {"valid_exact_match": [[5, score / 2], [9, score]]}
+    curves = {"exact_match": [[5, score / 2], [9, score]]}
     known = {"exact_match": score, "rows": 200, "chance": 0.1, "baselines": {"one": 0.2}}
     return {"routing": routing, "seed": seed, "recipe": {"task": "lookup"}, "curves": curves, **known}
 

@@ -203,7 +203,7 @@ def _record(record: Mapping[str, Any] | None, recipe: CoLT5Recipe) -> dict[str, 
     ]
     series = {}
     for name in names:
-        each = [cell["curves"]["valid_exact_match"] for cell in kept if cell["routing"] == name]
+        each = [cell["curves"]["exact_match"] for cell in kept if cell["routing"] == name]
         steps = [step for step, _ in each[0]]
         series[name] = [(step, sum(curve[i][1] for curve in each) / len(each)) for i, step in enumerate(steps)]
     lines = {name: 100 * value for name, value in {"chance": kept[0]["chance"], **kept[0]["baselines"]}.items()}

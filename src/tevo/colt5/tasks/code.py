@@ -7,8 +7,9 @@ A token is a word: a name, a number, or a sign; line ends and spaces are left ou
 the question have tokens of their own. All other words of a row get tokens drawn anew for it, as entities do in the reading
 task of Hermann et al. (arXiv 1506.03340): nothing can be known of a function by its name, no vocabulary is needed, and an
 answer is spelled by the words that stand in the text. Functions are asked for that a module defines once, with two or three
-parameters without defaults, stars and annotations. The window is drawn so that the depth of the answer is spread over it;
-whole packages are held out (:mod:`tevo.data.text`).
+parameters, without defaults, stars and annotations, that no other of these functions has: what is most frequent in a text
+would need no reading. The window is drawn so that the depth of the answer is spread over it; whole packages are held out
+(:mod:`tevo.data.text`).
 """
 
 from __future__ import annotations
@@ -224,7 +225,9 @@ def _modules(split: str) -> list[tuple[list[str], Rows, list[tuple[int, tuple[st
         words = words_of((root / file).read_text(encoding="utf-8", errors="replace"))
         if words:
             table, places = np.unique(words, return_inverse=True)
-            found.append((table.tolist(), places.astype(np.int64), list(_functions(words))))
+            functions = list(_functions(words))
+            often = Counter(given for _, given in functions)
+            found.append((table.tolist(), places.astype(np.int64), [one for one in functions if often[one[1]] == 1]))
     return found
 
 
