@@ -1,4 +1,4 @@
-"""``python -m docs.generate``: writes catalogue.md, benchmarks.md, slots_*.md, colt5_routing.md, systems/<id>.md, counted lines of README.md."""
+"""``python -m docs.generate``: writes catalogue.md, benchmarks.md, slots_*.md, colt5_*.md, systems/<id>.md, README.md."""
 
 from __future__ import annotations
 
