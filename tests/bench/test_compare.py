@@ -16,11 +16,13 @@ from tevo.bench.subjects import LARGEST, fitted, source_of
 from tevo.bench.training import train_cell
 from tevo.catalogue import list_systems
 
-SIZES = {"vocab": 29, "length": 16, "dim": 24, "depth": 2, "heads": 3}
+SIZES = {"vocab": 29, "length": 16, "dim": 24, "depth": 2, "heads": 2}
 COMPARABLE = [
     row.id
     for role in ("mixer", "block", "normaliser", "heads", "channel", "position", "residual")
-    for row in list_systems(role=role, where=["causal"] if role in ("mixer", "block") else [], baselines=True)
+    for row in list_systems(
+        role=role, where=["causal"] if role in ("mixer", "block", "normaliser") else [], baselines=True
+    )
     if row.card and "grid" not in row.card.claims
 ]
 

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         EXAMPLES,
     )
     parser.add_argument("parts", nargs="*", help="ids, patterns, or file.py:Class or file.py:Class(option=value)")
-    parser.add_argument("--group", default="", metavar="LETTERS", help="of the checks, e.g. B or ABD [ABC]")
+    parser.add_argument("--group", default="", metavar="LETTERS", help="of the checks, e.g. B or AC [ABC]")
     parser.add_argument("--full", action="store_true", help="all groups")
     parser.add_argument("--explain", action="store_true", help="what each check asks and why, and stop")
     parser.add_argument("--fresh", action="store_true", help="ours: again, even if this very source was checked before")

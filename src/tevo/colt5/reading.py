@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tevo.colt5.tasks import Code, LongTask, Modules
-from tevo.colt5.tasks.code import _WORD, SLOTS, TOKEN, _functions, words_of
+from tevo.colt5.tasks.code import _WORD, FIRST, LEAD, QUESTION, SLOTS, TOKEN, _functions, words_of
 from tevo.colt5.tasks.modules import OFFSET
 from tevo.colt5.training import Curriculum, question_tokens
 from tevo.data.text import stdlib_corpus
@@ -62,11 +62,11 @@ def read(task: LongTask, question: str, text: str) -> Reading:
     found = task.encode(name, text)
     starts = [m.start() for m in _WORD.finditer(text) if words_of(m[0])]
     ends = [*starts[1:], len(text)]
-    pieces = ["signature of ", name, "?\n" + text[: starts[0]]]
+    pieces = [*(f"{word} " for word in LEAD), name, "?\n" + text[: starts[0]]]
     pieces += [text[a:b] for a, b in zip(starts, ends, strict=True)]
 
     def say(answer: Tensor) -> str:
-        return ", ".join(found.words.get(t, "?") for t in answer.tolist() if t >= 3 + SLOTS)
+        return ", ".join(found.words.get(t, "?") for t in answer.tolist() if t >= FIRST + SLOTS)
 
     return Reading(f"signature of {name}?", found.tokens[None], pieces, say)
 
@@ -111,7 +111,7 @@ def held_out(task: Curriculum, split: str, count: int) -> list[Reading]:
 def _windows(task: Code, split: str, count: int) -> list[Reading]:
     """Functions of different modules, at depths spread over the windows."""
     found: list[Reading] = []
-    room = task.length - 3
+    room = task.length - QUESTION
     for source in _sources(split):
         starts = [m.start() for m in _WORD.finditer(source) if words_of(m[0])]
         functions = [one for one in _functions(words_of(source)) if len(one[1]) <= task.parameters]
@@ -122,7 +122,7 @@ def _windows(task: Code, split: str, count: int) -> list[Reading]:
         begin = low + (high - low) * len(found) // max(count - 1, 1)
         name = words_of(source)[at + 1]
         one = read(task, name, source[starts[begin] : starts[begin + room]])
-        targets = torch.tensor([[3 + slot for slot in range(len(given))]])
+        targets = torch.tensor([[FIRST + slot for slot in range(len(given))]])
         marked = task.oracle(one.tokens, targets).answer[0]
         found.append(one._replace(right=", ".join(given), marked=marked))
     return found
