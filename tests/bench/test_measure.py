@@ -178,3 +178,10 @@ def test_what_ran_out_of_memory_counts_as_infinite():
     assert crossing([64, 128], [3.0, 3.0], [1.0, None]) == (128, False)
     assert crossing([64, 128], [1.0, None], [2.0, 3.0]) == (None, False)
     assert crossing([64, 128], [None, 1.0], [None, 2.0]) == (128, True)
+
+
+def test_memory_that_cannot_be_seen_crosses_without_an_error() -> None:
+    assert crossing((16, 32), [0.0, 77824.0], [8192.0, 77824.0]) == crossing(
+        (16, 32), [1e-9, 77824.0], [8192.0, 77824.0]
+    )
+    crossing((16, 32), [0.0, 0.0], [0.0, 8192.0])

@@ -143,6 +143,10 @@ class Crossing(NamedTuple):
         return f"below {self.length:,.0f}, from the start" if self.from_start else f"{self.length:,.0f}"
 
 
+# least amount that is told from nothing: of seconds a nanosecond
+_LEAST = 1e-9
+
+
 def crossing(lengths: Sequence[float], ours: Sequence[float | None], baseline: Sequence[float | None]) -> Crossing:
     """The length from which on ``ours`` is below ``baseline``, interpolated on the logarithms.
 
@@ -153,7 +157,9 @@ def crossing(lengths: Sequence[float], ours: Sequence[float | None], baseline: S
     for n, a, b in sorted(zip(lengths, ours, baseline, strict=True), key=lambda row: row[0]):
         if a is None and b is None:
             continue
-        gaps.append((n, math.inf if a is None else -math.inf if b is None else math.log(a / b)))
+        # memory too little to be seen is measured as nothing
+        ratio = None if a is None or b is None else max(a, _LEAST) / max(b, _LEAST)
+        gaps.append((n, math.inf if a is None else -math.inf if ratio is None else math.log(ratio)))
     above = [i for i, (_, gap) in enumerate(gaps) if gap >= 0]
     if not gaps or (above and above[-1] == len(gaps) - 1):
         return Crossing(None, False)
