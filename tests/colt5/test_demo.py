@@ -118,8 +118,6 @@ def test_the_default_text_of_words_is_the_first_test_input(home: Path) -> None:
 
 
 def test_the_shipped_runs_are_what_the_record_is_about() -> None:
-    if not demo.SHIPPED.is_dir():
-        pytest.skip("no weights are shipped")
     record = demo.read_record(demo.SHIPPED)
     assert record is not None
     for routing in ("learned", "static"):
