@@ -69,12 +69,12 @@ def test_the_sample_is_the_same_each_time() -> None:
     assert sampled(20) == sampled(20)
 
 
-def test_the_stored_run_killed_at_least_94_percent_and_gives_a_reason_for_every_equivalent() -> None:
+def test_the_stored_run_killed_at_least_95_percent_and_gives_a_reason_for_every_equivalent() -> None:
     stored = json.loads(RESULTS.read_text(encoding="utf-8"))
     reasons = json.loads(EQUIVALENTS.read_text(encoding="utf-8"))
     assert stored["sampled"] >= 299
     assert stored["killed"] + stored["equivalent"] + stored["survived"] == stored["sampled"]
-    assert stored["killed"] / (stored["sampled"] - stored["equivalent"]) >= 0.94
+    assert stored["killed"] / (stored["sampled"] - stored["equivalent"]) >= 0.95
     assert all(reasons[name] == reason and len(reason) > 10 for name, reason in stored["equivalents"].items())
     # whatever survived is named, not only counted
     assert len(stored["survivors"]) == stored["survived"]
