@@ -18,7 +18,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,tasks,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,tasks,hf,dev]'
 	@touch $@
 
 demo: $(VENV)/.demo ## install, compare six mixers on real text, write report.html (about ten minutes)

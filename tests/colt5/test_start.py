@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+
 from tevo.colt5 import CoLT5Config, CoLT5ForConditionalGeneration
 from tevo.colt5.start import mimetic_start
 

@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tevo import pages
+from tevo import charts, pages
 from tevo.colt5.reading import held_out
 from tevo.colt5.recipes import CoLT5Recipe
 from tevo.colt5.training import Answerer, Curriculum, curve, open_run
-from tevo.slot_attention import charts
 from tevo.taps import record
 
 __all__ = [

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tevo.slot_attention import charts, pixels
+from tevo import charts
+from tevo.slot_attention import pixels
 from tevo.slot_attention.data.sets import Generated
 from tevo.slot_attention.metrics import fg_ari
 from tevo.slot_attention.models import SlotAutoencoder

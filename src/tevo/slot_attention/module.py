@@ -25,13 +25,21 @@ from tevo.functional import slot_attention as core
 from tevo.functional.masks import blank, check_mask
 from tevo.functional.precision import island
 from tevo.kernels import slot_attention as kernels
-from tevo.slot_attention.aggregation import Aggregation, Sum
+from tevo.slot_attention.aggregation import Aggregation, Sum, WeightedMean
 from tevo.slot_attention.competition import Competition, Scene, SlotSoftmax
 from tevo.slot_attention.gradient import Gradient, Unrolled
 from tevo.slot_attention.init import Init, SharedGaussian
 
 FORMS = {"auto": None, "plain": False, "absorbed": True}
 MEMORY = {"stored": False, "lean": True}
+# parts that :meth:`SlotAttention._usual_step` does without calling them
+USUAL = {
+    **dict.fromkeys(("norm_inputs", "norm_slots", "norm_mlp"), nn.LayerNorm),
+    **dict.fromkeys(("q", "k", "v"), nn.Linear),
+    "gru": nn.GRUCell,
+    "mlp": nn.Sequential,
+}
+USUAL_MLP = {"0": nn.Linear, "1": nn.ReLU, "2": nn.Linear}
 
 
 class Reading(NamedTuple):
@@ -207,6 +215,8 @@ class SlotAttention(nn.Module):
                 if heads compete.
         """
         slots, iterations = self._check(inputs, slots, num_slots, iterations, mask, slot_mask)
+        if mask is None and slot_mask is None and not return_attention and self._usual(inputs, slots, iterations):
+            return self.gradient(self._usual_step(inputs), slots, iterations)
         slots = blank(slots, slot_mask)
         with _island(inputs):
             read = self._reader(inputs, slots, iterations, Scene(mask, slot_mask))
@@ -226,6 +236,64 @@ class SlotAttention(nn.Module):
             return slots
         a = last[0].weights()
         return slots, a.sum(1) if self.competition.joint else a.mean(1)
+
+    def _usual(self, x: Tensor, slots: Tensor, iterations: int) -> bool:
+        """Whether :meth:`_usual_step` is this module's iteration and the fastest form of it, and nobody looks inside."""
+        graphed, mean = torch.is_grad_enabled(), self.aggregation
+        return (
+            x.numel() < (core.MANY if graphed else core.MORE)
+            # frozen inputs need a norm without a gradient
+            and (x.requires_grad or not graphed)
+            and self._absorbed is None
+            and not self._lean
+            and self.heads == 1
+            and type(self.competition) is SlotSoftmax
+            and (type(mean) is WeightedMean and mean.eps > 0.0 and mean.offset == 0.0)
+            and _bare(self, USUAL)
+            and _bare(self.mlp, USUAL_MLP)
+            and x.dtype == slots.dtype == self.q.weight.dtype
+            and x.dtype in (torch.float32, torch.float64)
+            and not taps.watched()
+            and not torch.compiler.is_compiling()
+            and not kernels.runs(x, slots.shape[1])
+            and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+            and core.absorption_pays(
+                # few take the time of the calls, not of the products
+                tokens=max(x.shape[1], core.FEW),
+                width=self.input_dim,
+                inner=self.k.out_features,
+                slots=slots.shape[1],
+                iterations=iterations,
+            )
+        )
+
+    def _usual_step(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Equations (2) to (4) as most use them, absorbed, in the fewest calls: few inputs take their time for nothing else.
+
+        Matrices that follow each other, Wq and Wk^T, Wv and the GRU's first, are multiplied once for all iterations.
+        """
+        width, dim, norm_eps, eps = (self.input_dim,), (self.dim,), self.norm_eps or 0.0, self.aggregation.eps
+        norm, norm_slots, norm_mlp, (first, _, second) = self.norm_inputs, self.norm_slots, self.norm_mlp, self.mlp
+        gain, bias, mlp_gain, mlp_bias = norm_slots.weight, norm_slots.bias, norm_mlp.weight, norm_mlp.bias
+        first_weight, first_bias, second_weight, second_bias = first.weight.t(), first.bias, second.weight.t(), second.bias
+        gru = self.gru
+        recurrent, input_bias, recurrent_bias = gru.weight_hh, gru.bias_ih, gru.bias_hh
+        y = torch.layer_norm(x, width, norm.weight, norm.bias, norm_eps)
+        key = torch.mm(self.q.weight.t(), self.k.weight) * self.competition.scale(self.k.out_features)
+        value = torch.mm(gru.weight_ih, self.v.weight)
+        columns = y.mT
+
+        def step(s: Tensor) -> Tensor:
+            b, k, d = s.shape
+            s = s.reshape(b * k, d)
+            q = torch.mm(torch.layer_norm(s, dim, gain, bias, norm_eps), key).view(b, k, -1)
+            w = torch.bmm(q, columns).softmax(1) + eps
+            u = (torch.bmm(w, y) / w.sum(2, True)).view(b * k, -1)  # (eq. 3), before Wv
+            s = torch.gru_cell(u, s, value, recurrent, input_bias, recurrent_bias)
+            hidden = torch.addmm(first_bias, torch.layer_norm(s, dim, mlp_gain, mlp_bias, norm_eps), first_weight).relu_()
+            return torch.addmm(second_bias, hidden, second_weight).add_(s).view(b, k, d)
+
+        return step
 
     def _step(self, s: Tensor, read: Reader, count: Tensor) -> tuple[Reading, Tensor]:
         """Equations (2) to (4)."""
@@ -466,6 +534,18 @@ class SlotAttention(nn.Module):
             )
         check_mask("SlotAttention slot", slot_mask, *slots.shape[:2])
         return slots, iterations
+
+
+def _bare(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> bool:
+    """Whether all parts of ``module`` are of these kinds themselves, and nobody hears when they are called."""
+    parts = module._modules
+    if parts.keys() != kinds.keys():
+        return False
+    for name, kind in kinds.items():
+        part = parts[name]
+        if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
+            return False
+    return True
 
 
 def _by_heads(x: Tensor, heads: int) -> Tensor:

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tevo.slot_attention import charts
-from tevo.slot_attention.charts import Bar, Group
+from tevo import charts
+from tevo.charts import Bar, Group
 
 CHARTS = {
     "curve": charts.curve([(1, 44.5), (2, 57.0), (3, 62.6)], label="rounds", mark=2, marked="as trained"),
