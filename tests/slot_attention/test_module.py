@@ -217,6 +217,58 @@ def test_the_forms_agree(heads: dict[str, object]) -> None:
     same(results[0], results[2])
 
 
+@pytest.mark.parametrize("gradient", [Unrolled(), Implicit(), Truncated(1), BiLevel()], ids=repr)
+def test_the_default_in_few_calls_equals_the_plain_form_with_gradients(gradient: object) -> None:
+    results, calls = [], []
+    for form in ("auto", "plain"):
+        module = build("default", form=form, gradient=gradient)
+        step = module._usual_step
+        module._usual_step = lambda x, form=form, step=step: calls.append(form) or step(x)
+        x = draw(B, N, D_IN).requires_grad_()
+        slots = draw(B, K, D, seed=2).requires_grad_()
+        out = module(x, slots=slots)
+        found = torch.autograd.grad((out**3).sum(), [x, slots, *used(module)], allow_unused=True)
+        with torch.no_grad():
+            results.append((out.detach(), module(x, slots=slots), *found))
+    assert calls == ["auto", "auto"]
+    same(results[0], results[1])
+
+
+@pytest.mark.parametrize("part", ["norm_slots", "gru", "norm_mlp", "mlp", "mlp.0", "mlp.2"])
+def test_a_part_put_in_place_of_the_default_is_used(part: str) -> None:
+    class Negative(torch.nn.Module):
+        def __init__(self, whole: torch.nn.Module) -> None:
+            super().__init__()
+            self.whole = whole
+
+        def forward(self, *args: Tensor) -> Tensor:
+            return -self.whole(*args)
+
+    x, slots = draw(B, N, D_IN), draw(B, K, D, seed=2)
+    results = []
+    for form in ("auto", "plain"):
+        module = build("default", form=form)
+        before = module(x, slots=slots)
+        module.set_submodule(part, Negative(module.get_submodule(part)))
+        results.append(module(x, slots=slots))
+    same(results[0], results[1])
+    assert (results[0] - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["norm_slots", "gru", "norm_mlp", "mlp", "mlp.1"])
+def test_hooks_of_the_parts_are_called_in_every_iteration(part: str) -> None:
+    module = build("default")
+    seen: list[str] = []
+    handle = module.get_submodule(part).register_forward_hook(lambda *_: seen.append("forward"))
+    x = draw(B, N, D_IN).requires_grad_()
+    module(x)
+    assert seen == ["forward"] * 3
+    handle.remove()
+    module.get_submodule(part).register_full_backward_hook(lambda *_: seen.append("backward"))
+    module(x).sum().backward()
+    assert seen.count("backward") == 3
+
+
 @pytest.mark.usefixtures("size")
 def test_frozen_inputs_get_no_gradient_and_the_weights_the_same() -> None:
     results = []

@@ -65,8 +65,6 @@ MANY = 2**22
 MORE = 2**23
 # inputs of a whole batch below which the absorbed form's further calls from Python cost more than the products it saves
 FEW = 2**11
-# the same up to which a product more for each of them costs less than one more call in each iteration
-FEWEST = 2**9
 
 
 def compete(

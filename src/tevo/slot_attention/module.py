@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -250,7 +250,7 @@ class SlotAttention(nn.Module):
             and type(self.competition) is SlotSoftmax
             and (type(mean) is WeightedMean and mean.eps > 0.0 and mean.offset == 0.0)
             and _bare(self, USUAL)
-            and _bare(self.mlp, USUAL_MLP)
+            and _bare(self._modules["mlp"], USUAL_MLP)
             and x.dtype == slots.dtype == self.q.weight.dtype
             and x.dtype in (torch.float32, torch.float64)
             and not taps.watched()
@@ -272,26 +272,27 @@ class SlotAttention(nn.Module):
 
         Matrices that follow each other, Wq and Wk^T, Wv and the GRU's first, are multiplied once for all iterations.
         """
-        width, dim, norm_eps, eps = (self.input_dim,), (self.dim,), self.norm_eps or 0.0, self.aggregation.eps
-        norm, norm_slots, norm_mlp, (first, _, second) = self.norm_inputs, self.norm_slots, self.norm_mlp, self.mlp
-        gain, bias, mlp_gain, mlp_bias = norm_slots.weight, norm_slots.bias, norm_mlp.weight, norm_mlp.bias
-        first_weight, first_bias, second_weight, second_bias = first.weight.t(), first.bias, second.weight.t(), second.bias
-        gru = self.gru
-        recurrent, input_bias, recurrent_bias = gru.weight_hh, gru.bias_ih, gru.bias_hh
-        y = torch.layer_norm(x, width, norm.weight, norm.bias, norm_eps)
-        key = torch.mm(self.q.weight.t(), self.k.weight) * self.competition.scale(self.k.out_features)
-        value = torch.mm(gru.weight_ih, self.v.weight)
-        columns = y.mT
+        norm, norm_slots, norm_mlp = (cast(nn.LayerNorm, n) for n in (self.norm_inputs, self.norm_slots, self.norm_mlp))
+        gru, (first, _, second) = cast(nn.GRUCell, self.gru), cast(Any, self.mlp)
+        # an attribute of a module takes as long as a small product
+        slots_norm = norm_slots.normalized_shape, norm_slots.weight, norm_slots.bias, norm_slots.eps
+        mlp_norm = norm_mlp.normalized_shape, norm_mlp.weight, norm_mlp.bias, norm_mlp.eps
+        recurrent = gru.weight_hh, gru.bias_ih, gru.bias_hh
+        (widen, widen_bias), (narrow, narrow_bias) = ((part.weight.t(), part.bias) for part in (first, second))
+        y = torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        key = torch.mm(self.q.weight.t(), self.k.weight) * self.competition.scale(self.k.out_features)  # d d_in
+        value = torch.mm(gru.weight_ih, self.v.weight)  # 3d d_in
+        columns, eps = y.mT, self.aggregation.eps
 
         def step(s: Tensor) -> Tensor:
             b, k, d = s.shape
             s = s.reshape(b * k, d)
-            q = torch.mm(torch.layer_norm(s, dim, gain, bias, norm_eps), key).view(b, k, -1)
+            q = torch.mm(torch.layer_norm(s, *slots_norm), key).view(b, k, -1)
             w = torch.bmm(q, columns).softmax(1) + eps
-            u = (torch.bmm(w, y) / w.sum(2, True)).view(b * k, -1)  # (eq. 3), before Wv
-            s = torch.gru_cell(u, s, value, recurrent, input_bias, recurrent_bias)
-            hidden = torch.addmm(first_bias, torch.layer_norm(s, dim, mlp_gain, mlp_bias, norm_eps), first_weight).relu_()
-            return torch.addmm(second_bias, hidden, second_weight).add_(s).view(b, k, d)
+            u = torch.bmm(w, y) / w.sum(2, True)
+            s = torch.gru_cell(u.view(b * k, -1), s, value, *recurrent)
+            hidden = torch.addmm(widen_bias, torch.layer_norm(s, *mlp_norm), widen).relu_()
+            return torch.addmm(narrow_bias, hidden, narrow).add_(s).view(b, k, d)
 
         return step
 
@@ -352,23 +353,9 @@ class SlotAttention(nn.Module):
         y = blank(y, scene.mask)
         keys, values = (_by_heads(F.linear(y, _as(part.weight, wide)), self.heads) for part in (self.k, self.v))
         scene = self.competition.prepare(self, y, slots, scene)
-        if self.competition.local and x.shape[0] * x.shape[1] <= core.FEWEST:
-            return self._short_reader(keys, values, scene)
 
         def read(normed: Tensor) -> Reading:
             a = self.competition.weights(self, self._queries(normed, wide), keys, normed, scene)
-            return Reading(*core.read(a, values, eps=self.aggregation.eps, mask=scene.mask), lambda: a)
-
-        return read
-
-    def _short_reader(self, keys: Tensor, values: Tensor, scene: Scene) -> Reader:
-        """Of few keys and values (b, h, n, e), by which the queries' map can be multiplied once for all iterations."""
-        h, e = keys.shape[1], keys.shape[-1]
-        weight = (_as(self.q.weight, keys.dtype) * self.competition.scale(e)).unflatten(0, (h, e))  # h e d
-        keys = keys @ weight  # b h n d
-
-        def read(normed: Tensor) -> Reading:
-            a = self.competition.weights(self, _as(normed, keys.dtype)[:, None], keys, normed, scene)
             return Reading(*core.read(a, values, eps=self.aggregation.eps, mask=scene.mask), lambda: a)
 
         return read
@@ -536,14 +523,16 @@ class SlotAttention(nn.Module):
         return slots, iterations
 
 
-def _bare(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> bool:
+def _bare(module: nn.Module | None, kinds: Mapping[str, type[nn.Module]]) -> bool:
     """Whether all parts of ``module`` are of these kinds themselves, and nobody hears when they are called."""
-    parts = module._modules
+    parts = {} if module is None else module._modules
     if parts.keys() != kinds.keys():
         return False
     for name, kind in kinds.items():
         part = parts[name]
-        if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
+        if part is None or type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
+            return False
+        if part._backward_hooks or part._backward_pre_hooks:
             return False
     return True
 
