@@ -6,10 +6,9 @@ scored in the whole batch, so that any slicing gives the gradient of one big bat
 
     L = sum_s (items_s / items) L_s                                                                           (1)
 
-The learning rate is a function of the step: linear from 0 to ``lr`` over the warm-up, then a cosine down to
-``final_lr lr`` at the last step. What a checkpoint holds is therefore all there is: weights, AdamW's moments, random
-generators, step. A run that was killed goes on from it to the same bits, given equal device, threads, number of
-processes and versions.
+The learning rate is a function of the step (:mod:`tevo.training.optimizers`). What a checkpoint holds is therefore all
+there is: weights, the optimiser's moments, random generators, step. A run that was killed goes on from it to the same
+bits, given equal device, threads, number of processes and versions.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from tevo.contracts import Loss, Objective
 from tevo.training import checkpoint
+from tevo.training.optimizers import ADAMW, Kind, Rate, learning_rate
 from tevo.training.progress import Silent, Watch
 from tevo.training.recipe import Recipe, differences, read
 
@@ -111,6 +111,8 @@ def train(
     task: Data,
     folder: Path,
     watch: Watch | None = None,
+    optimizer: Kind = ADAMW,
+    rate: Rate = learning_rate,
 ) -> Result:
     """Train in ``folder`` from its newest checkpoint, or from the start, to the recipe's last step.
 
@@ -121,6 +123,8 @@ def train(
         task: where batches come from.
         folder: holds ``recipe.json``, ``metrics.jsonl`` and ``checkpoints/``.
         watch: is told what happens.
+        optimizer: AdamW by default.
+        rate: of a recipe's step; by default a warm-up and a cosine.
 
     Raises:
         ValueError: the folder holds another recipe, other data, a damaged checkpoint, or is in use.
@@ -145,7 +149,7 @@ def train(
                 watch.say(f"{folder} is finished: step {recipe.steps} of {recipe.steps}; nothing is left to do")
                 return Result(folder=folder, step=recipe.steps, finished=True, score=_last_score(folder, task.metric))
             found = None if newest is None else checkpoint.load(newest)
-            run = _Run(recipe, accelerator, build, objective, task, folder, watch)
+            run = _Run(recipe, accelerator, build, objective, task, folder, watch, optimizer, rate)
             run.start(found)
             return run.go(caught)
     finally:
@@ -153,17 +157,8 @@ def train(
         torch.set_num_threads(threads)
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate of step ``step`` (from 0): linear warm-up that never starts at 0, then cosine."""
-    warm = round(recipe.warmup * recipe.steps)
-    if step < warm:
-        return recipe.lr * (step + 1) / warm
-    done = (step - warm) / max(recipe.steps - 1 - warm, 1)
-    return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-
-
 def parameter_groups(trainee: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: matrices decay; vectors, scalars and what a module's ``no_decay()`` names do not."""
+    """Two groups: matrices decay; vectors, scalars and what a module's ``no_decay()`` names do not."""
     spared = set()
     for module in trainee.modules():
         no_decay = getattr(module, "no_decay", None)
@@ -242,7 +237,10 @@ class _Run:
         task: Data,
         folder: Path,
         watch: Watch,
+        optimizer: Kind,
+        rate: Rate,
     ) -> None:
+        self.kind, self.rate = optimizer, rate
         self.recipe, self.accelerator, self.task, self.folder, self.watch = recipe, accelerator, task, folder, watch
         self.main, self.ranks, self.rank = (
             accelerator.is_main_process,
@@ -262,13 +260,8 @@ class _Run:
             self.trainee.model.compile()
         if recipe.tensorboard:
             _summary_writer()  # refused before anything is written
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.trainee, weight_decay=recipe.weight_decay),
-            lr=recipe.lr,
-            betas=recipe.betas,
-            fused=True,
-        )
-        self.wrapped, self.optimizer = accelerator.prepare(self.trainee, optimizer)
+        groups = parameter_groups(self.trainee, weight_decay=recipe.weight_decay)
+        self.wrapped, self.optimizer = accelerator.prepare(self.trainee, self.kind.make(groups, recipe))
         self.trainee.train()
         found = (getattr(module, "after_step", None) for module in self.trainee.modules())
         self.after_steps: list[Callable[[], None]] = [after_step for after_step in found if after_step is not None]
@@ -352,7 +345,7 @@ class _Run:
         numbers, stop = self._agree(sums, caught)
         numbers["grad_norm"] = float(norm)
         self._refuse_divergence(numbers, batch)
-        rate = learning_rate(recipe, self.step)
+        rate = self.rate(recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -453,19 +446,13 @@ class _Run:
             raise ValueError(f"{where} was made with other data ({changed}); give the run a folder of its own")
         _load(self.trainee, _below(found.tensors, "trainee."), where=where)
         moments = _below(found.tensors, "optimizer.")
-        expected: dict[str, Tensor] = {}
-        for name, parameter in self.trainee.named_parameters():
-            if f"{name}.step" in moments:  # a parameter that never had a gradient has none
-                expected |= {f"{name}.{key}": parameter for key in ("exp_avg", "exp_avg_sq")}
-                expected[f"{name}.step"] = torch.zeros(())
+        # a parameter that never had a gradient has none
+        known = {name: p for name, p in self.trainee.named_parameters() if f"{name}.step" in moments}
+        expected = {f"{name}.{key}": v for name, p in known.items() for key, v in self.kind.state(p).items()}
         checkpoint.match(moments, expected, where=where)
-        for name, parameter in self.trainee.named_parameters():
-            if f"{name}.step" in moments:
-                self.optimizer.state[parameter] = {
-                    "step": moments[f"{name}.step"].to(parameter.device, copy=True),
-                    "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device, copy=True),
-                    "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device, copy=True),
-                }
+        for name, p in known.items():
+            kept = self.kind.state(p)
+            self.optimizer.state[p] = {k: moments[f"{name}.{k}"].to(v.device, copy=True) for k, v in kept.items()}
         generators = _below(found.tensors, "generator.")
         if f"cpu.{self.rank}" in generators:
             torch.set_rng_state(generators[f"cpu.{self.rank}"])
