@@ -108,6 +108,8 @@ def test_a_card_refuses_unknown_words() -> None:
         Card(role="mixr", cost="n", **fields)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cost is"):
         Card(role="mixer", cost="n^3", **fields)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="memory is 'n3'"):
+        Card(role="mixer", cost="n", memory="n3", **fields)  # type: ignore[arg-type]
 
 
 def test_the_hash_covers_what_a_system_imports() -> None:

@@ -51,6 +51,7 @@ CLAIMS = {
 }
 
 COSTS = ("n", "n log n", "n^2", "n sqrt n")
+MEMORY = ("1", *COSTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,10 @@ class Card:
             constructor's arguments; empty where nothing is counted.
         state: numbers kept per sequence while decoding, as an expression in n, d, h and the constructor's arguments;
             empty where there is no state.
+        parameters: numbers that are trained in the part itself, without its seat, as an expression in d, h and the
+            constructor's arguments; empty where none is given.
+        memory: growth with the length n of the bytes that training keeps for backward, one of ``MEMORY``; of the first
+            example, in float32 on a CPU; empty where none is given.
         claims: words of ``CLAIMS``.
         examples: small constructor arguments (>= 1; odd, unequal sizes), the first used by every generic check.
         sizes: lengths n that the checks use where not any length will do (grids, fixed lengths).
@@ -87,6 +92,8 @@ class Card:
     cost: str
     flops: str = ""
     state: str = ""
+    parameters: str = ""
+    memory: str = ""
     claims: tuple[str, ...] = ()
     examples: tuple[Mapping[str, object], ...] = ()
     sizes: tuple[int, ...] = ()
@@ -102,6 +109,8 @@ class Card:
             raise ValueError(f"card {self.id}: role is {self.role!r}, expected one of {', '.join(ROLES)}")
         if self.cost not in COSTS:
             raise ValueError(f"card {self.id}: cost is {self.cost!r}, expected one of {', '.join(COSTS)}")
+        if self.memory and self.memory not in MEMORY:
+            raise ValueError(f"card {self.id}: memory is {self.memory!r}, expected one of {', '.join(MEMORY)}")
         for part in self.variants:
             if part not in self.exports:
                 raise ValueError(f"card {self.id}: variants name {part!r}, which is no export")

@@ -204,6 +204,7 @@ CASES = [
     (KeepsScores, (), "saved_bytes"),
     (KeepsScores, (), "cost"),
     (Plain, (), "flops"),
+    (Plain, (), "parameters"),
     (IsDead, (), "learns"),
     (NamesNothing, (), "no_decay"),
 ]
@@ -214,14 +215,36 @@ def test_a_check_fails_on_a_part_that_is_wrong_in_its_way(
     part: type[nn.Module], claims: tuple[str, ...], name: str
 ) -> None:
     group = next(check.group for check in CHECKS if check.name == name)
-    fields = {"cost": "n", "flops": "n * d * d"} if group == "E" else {}
+    fields = {"cost": "n", "flops": "n * d * d", "parameters": "d * d"} if group == "E" else {}
     subject = user_subject(part, role="mixer", claims=claims, **fields)
     report = examine(part.__name__, [subject], groups=group)
     assert name in {result.check for result in report.failed}
 
 
+@pytest.mark.parametrize(
+    ("part", "memory", "holds"),
+    [
+        (Plain, "n", True),
+        (Plain, "n^2", False),
+        (Plain, "1", False),
+        (KeepsScores, "n^2", True),
+        (KeepsScores, "n", False),
+    ],
+)
+def test_bytes_kept_for_backward_must_grow_as_declared(part: type[nn.Module], memory: str, holds: bool) -> None:
+    report = examine("", [user_subject(part, role="mixer", memory=memory)], groups="E")
+    assert set(report.results) == {"saved_bytes"}
+    assert (not report.failed) is holds, report.table()
+
+
+def test_a_part_that_keeps_nothing_for_backward_keeps_a_constant() -> None:
+    report = examine("", [user_subject(lambda: nn.Flatten(2), role="mixer", dim=5, memory="1")], groups="E")
+    assert report.results["saved_bytes"].cases == 1 and not report.failed
+
+
 def test_a_plain_part_passes_every_group() -> None:
-    subject = user_subject(Plain, claims=["token_wise", "equivariant"], cost="n", flops="2 * n * d * d")
+    declared = {"cost": "n", "flops": "2 * n * d * d", "parameters": "d * d + d", "memory": "n"}
+    subject = user_subject(Plain, claims=["token_wise", "equivariant"], **declared)
     report = examine("Plain", [subject], groups="".join(GROUPS))
     assert not report.failed, report.table()
     assert {result.group for result in report.results.values()} == set(GROUPS)

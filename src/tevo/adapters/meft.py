@@ -50,6 +50,7 @@ CARD = Card(
     ),
     exports={"meft1": "MEFT1", "meft2": "MEFT2", "meft3": "MEFT3"},
     cost="n^2",
+    memory="n",
     claims=("bidirectional", "padding", "recomputes"),
     examples=(
         {"part": "meft1", "rank": 5},

@@ -38,6 +38,7 @@ CARD = Card(
     ),
     exports={"pafi": "PaFi", "hiwi": "HiWi"},
     cost="n^2",
+    memory="n",
     claims=("bidirectional", "padding", "merges", "unchanged_at_start"),
     examples=(
         {"part": "pafi"},

@@ -36,6 +36,12 @@ CARD = Card(
     ),
     exports={"colt5": "CoLT5"},
     cost="n^2",
+    parameters=(
+        "(lambda hid: 5 * d + h * buckets + 4 * d * h * (head_dim or d // h)"
+        " + 3 * d * (max(1, hid // 2) + 4 * hid)"
+        " + d * (1 if depth and index == depth - 1 else 0))(hidden_dim or max(2, round(8 * d / 3)))"
+    ),
+    memory="n^2",
     claims=("bidirectional", "padding"),
     examples=(
         {"dim": 12, "heads": 3, "radius": 3, "fraction": 0.4, "buckets": 8, "max_distance": 9},

@@ -42,6 +42,11 @@ CARD = Card(
     cost="n",
     flops="10 * n * d * d + 4 * n * d * (hidden_dim or 4 * d) + 6 * n * d",
     state="5 * d",
+    parameters=(
+        "5 * d * d + 2 * d * (hidden_dim or 4 * d) + 11 * d + 2 * d * ((index == 0)"
+        " + (1 if depth and index == depth - 1 else 0))"
+    ),
+    memory="n",
     claims=("causal", "padding", "exact_state", "nan_contained"),
     examples=(
         {"dim": 12},

@@ -39,6 +39,11 @@ CARD = Card(
     exports={"activation_zoo": "ActivatedFeedForward"},
     cost="n",
     flops="4 * n * d * (hidden_dim or 4 * d)",
+    parameters=(
+        "2 * d * (hidden_dim or 4 * d) + bias * ((hidden_dim or 4 * d) + d)"
+        " + (activation in ('prelu', 'swish_learned'))"
+    ),
+    memory="n",
     claims=("token_wise",),
     examples=(
         {"dim": 12},

@@ -38,6 +38,11 @@ CARD = Card(
     },
     cost="n",
     flops="6 * n * d * ((2 * (hidden_dim or 4 * d) + 1) // 3 if match_parameters else hidden_dim or 4 * d)",
+    parameters=(
+        "(lambda w: 3 * d * w + bias * (2 * w + d))((2 * (hidden_dim or 4 * d)"
+        " + 1) // 3 if match_parameters else (hidden_dim or 4 * d))"
+    ),
+    memory="n",
     claims=("token_wise",),
     examples=(
         {"part": "swiglu", "dim": 12},

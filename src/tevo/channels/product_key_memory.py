@@ -35,6 +35,8 @@ CARD = Card(
     exports={"product_key_memory": "ProductKeyMemory"},
     cost="n",
     flops="2 * n * memory_heads * query_dim * (d + keys)",
+    parameters="memory_heads * query_dim * (d + 1 + keys + 2 * (query_norm != 'none')) + keys ** 2 * d",
+    memory="n",
     claims=("token_wise",),
     examples=(
         {"dim": 12, "memory_heads": 3, "keys": 9, "topk": 4, "query_dim": 6},

@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
                 "cost": card.cost,
                 "flops": card.flops,
                 "state": card.state,
+                "parameters": card.parameters,
+                "memory": card.memory,
                 "claims": list(row.claims()),
                 "equals": list(card.equals),
                 "reduces_to": list(card.reduces_to),
@@ -67,6 +69,10 @@ def main(argv: list[str]) -> int:
     if card.flops:
         cost.append(f"FLOPs of one sequence, forward: {card.flops}")
     cost.append(f"numbers kept per sequence while decoding: {card.state}" if card.state else "no decoding state")
+    if card.parameters:
+        cost.append(f"numbers trained: {card.parameters}")
+    if card.memory:
+        cost.append(f"bytes kept for backward grow with the length as {card.memory}")
     section("cost", cost)
     section("claims, each with a shared check", [f"{word}: {CLAIMS[word]}" for word in row.claims()])
     section("equals", card.equals)

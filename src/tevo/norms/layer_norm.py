@@ -20,6 +20,8 @@ CARD = Card(
     equations=(r"y = \frac{x - \mu(x)}{\sqrt{\sigma^2(x) + \epsilon}} \odot g + b",),
     exports={"layer_norm": "LayerNorm"},
     cost="n",
+    parameters="2 * d",
+    memory="n",
     claims=("token_wise",),
     examples=({"dim": 12}, {"dim": 5, "eps": 1e-3}, {"dim": 2}),
 )

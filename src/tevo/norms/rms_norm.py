@@ -20,6 +20,8 @@ CARD = Card(
     equations=(r"y = \frac{x}{\sqrt{\frac{1}{d}\sum_i x_i^2 + \epsilon}} \odot g",),
     exports={"rms_norm": "RMSNorm"},
     cost="n",
+    parameters="d",
+    memory="n",
     claims=("token_wise",),
     examples=({"dim": 12}, {"dim": 5, "eps": 1e-3}, {"dim": 1}),
 )

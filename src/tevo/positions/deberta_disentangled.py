@@ -36,6 +36,9 @@ CARD = Card(
     exports={"deberta_disentangled": "Disentangled"},
     cost="n^2",
     flops="8 * n * d * d + 4 * n * n * d + 8 * span * d * (d + n)",
+    state="2 * n * d",
+    parameters="2 * span * d + 2 * d * d + d",
+    memory="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shift_invariant"),
     examples=(
         {"dim": 12, "heads": 3, "span": 5},

@@ -27,6 +27,10 @@ CARD = Card(
     ),
     exports={"kerple": "KerpleLog", "kerple_log": "KerpleLog", "kerple_power": "KerplePower"},
     cost="n^2",
+    flops="8 * n * d * d + 4 * n * n * d",
+    state="2 * n * d",
+    parameters="2 * h",
+    memory="n^2",
     claims=(
         "bidirectional",
         "causal",

@@ -20,6 +20,10 @@ CARD = Card(
     equations=(r"x_t \leftarrow x_t + P_t,\quad t < \mathrm{length}",),
     exports={"learned": "Learned"},
     cost="n^2",
+    flops="8 * n * d * d + 4 * n * n * d",
+    state="2 * n * d",
+    parameters="length * d",
+    memory="n",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "fixed_length", "shared_across_layers"),
     examples=({"dim": 12, "length": 40}, {"dim": 6, "length": 17}, {"dim": 3, "length": 11}),
 )

@@ -36,6 +36,8 @@ CARD = Card(
         "randomized_distances": "RandomizedDistances",
     },
     cost="n^2",
+    state="2 * n * d",
+    parameters="limit * d if base == 'learned' else 0",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shared_across_layers"),
     examples=(
         {"part": "randomized_positional_encodings"},
@@ -65,6 +67,7 @@ CARD = Card(
         "around biases (alibi: with tie=0.5, which tells left from right as the paper does). length is the number of "
         "tokens that draws are for. Mirrored distances do not add up along a sequence."
     ),
+    variants={"randomized_rope": {"parameters": "0"}, "randomized_distances": {"parameters": ""}},
 )
 
 

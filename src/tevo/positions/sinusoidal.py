@@ -24,6 +24,10 @@ CARD = Card(
     ),
     exports={"sinusoidal": "Sinusoidal"},
     cost="n^2",
+    flops="8 * n * d * d + 4 * n * n * d",
+    state="2 * n * d",
+    parameters="0",
+    memory="n",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shared_across_layers"),
     examples=({}, {"base": 100.0}, {"base": 7.0}),
 )

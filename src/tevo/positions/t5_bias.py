@@ -23,6 +23,10 @@ CARD = Card(
     equations=(r"s_{ij} = q_i^\top k_j + B_{h,\,\mathrm{bucket}(j - i)}",),
     exports={"t5_bias": "T5Bias"},
     cost="n^2",
+    flops="8 * n * d * d + 4 * n * n * d",
+    state="2 * n * d",
+    parameters="h * buckets",
+    memory="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "shift_invariant", "shared_across_layers"),
     examples=(
         {"heads": 3, "buckets": 8, "max_distance": 9},

@@ -30,6 +30,8 @@ CARD = Card(
     ),
     exports={"b2t_connection": "B2T"},
     cost="n",
+    parameters="sublayers * (2 * d if norm == 'layer_norm' else d)",
+    memory="n",
     examples=({"dim": 12}, {"dim": 5, "norm": "rms_norm", "sublayers": 3}, {"dim": 3, "depth": 6, "sublayers": 4}),
     equals=(
         "takase/b2t_connection TransformerEncoderLayer and TransformerDecoderLayer; values in "

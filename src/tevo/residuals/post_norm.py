@@ -22,6 +22,8 @@ CARD = Card(
     equations=(r"x \leftarrow N_s(x + F_s(x))",),
     exports={"post_norm": "PostNorm"},
     cost="n",
+    parameters="sublayers * (2 * d if norm == 'layer_norm' else d)",
+    memory="n",
     examples=({"dim": 12}, {"dim": 5, "norm": "rms_norm", "sublayers": 3}, {"dim": 2, "sublayers": 1}),
 )
 

@@ -22,6 +22,8 @@ CARD = Card(
     equations=(r"x \leftarrow x + F_s(N_s(x))",),
     exports={"pre_norm": "PreNorm"},
     cost="n",
+    parameters="(sublayers + (1 if depth and index == depth - 1 else 0)) * (2 * d if norm == 'layer_norm' else d)",
+    memory="n",
     examples=({"dim": 12}, {"dim": 5, "norm": "rms_norm", "sublayers": 3}, {"dim": 4, "depth": 2, "index": 1}),
 )
 

@@ -25,6 +25,8 @@ CARD = Card(
     equations=(r"x \leftarrow x + \alpha F_s(x),\quad \alpha_0 = 0",),
     exports={"rezero": "ReZero"},
     cost="n",
+    parameters="1 if shared else sublayers",
+    memory="n",
     claims=("identity_at_start",),
     examples=({}, {"shared": False}, {"shared": False, "sublayers": 2}),
     equals=("majumderb/rezero RZTXEncoderLayer and RZTXDecoderLayer; values in tests/golden/rezero_a.npz",),

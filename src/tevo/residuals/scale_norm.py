@@ -33,6 +33,8 @@ CARD = Card(
     ),
     exports={"scale_norm": "PreScaleNorm", "scale_norm_bare": "ScaleNorm"},
     cost="n",
+    parameters="sublayers + (1 if depth and index == depth - 1 else 0)",
+    memory="n",
     examples=(
         {"part": "scale_norm", "dim": 12},
         {"part": "scale_norm", "dim": 5, "eps": 1.0, "sublayers": 3},
@@ -53,7 +55,7 @@ CARD = Card(
         "scale_norm_bare is the norm alone, for norm= of other wirings; worse in post_norm, says the paper. FixNorm is the "
         "host's table's: register_parametrization(embedding, 'weight', FixNorm()) normalises it wherever it is used."
     ),
-    variants={"scale_norm_bare": {"role": "norm", "claims": ("token_wise",)}},
+    variants={"scale_norm_bare": {"role": "norm", "claims": ("token_wise",), "parameters": "1"}},
 )
 
 

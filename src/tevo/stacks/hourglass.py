@@ -39,6 +39,15 @@ CARD = Card(
     ),
     exports={"hourglass": "Hourglass"},
     cost="n^2",
+    parameters=(
+        "(lambda block, channel, factors: 2 * d + depth * block + sum("
+        "2 * outer * block + linear * (2 * k * d * d + k * d + d)"
+        " + resample * (block + 2 * d * d + bias * d + 2 * d + channel) for k in factors))"
+        "(4 * d * d + 4 * bias * d + 2 * d * (hidden_dim or 4 * d) + (hidden_dim or 4 * d) + 5 * d,"
+        " 2 * d * (hidden_dim or 4 * d) + (hidden_dim or 4 * d) + d,"
+        " (factor,) if isinstance(factor, int) else factor)"
+    ),
+    memory="n",
     claims=("bidirectional", "causal"),
     examples=(
         {"dim": 12, "heads": 3, "depth": 2, "factor": 3, "causal": True},

@@ -49,6 +49,11 @@ CARD = Card(
         " + 4 * n * d * (hidden_dim or 4 * d))"
     ),
     state="depth * 2 * packed * d",
+    parameters=(
+        "packed * d + depth * (5 * d * d + 6 * d + 2 * d * (hidden_dim or 4 * d) + (hidden_dim or 4 * d))"
+        " + (2 * depth + (0 if causal else depth - 1 + pre_norm) + pre_norm) * (2 * d if norm == 'layer_norm' else d)"
+    ),
+    memory="n",
     claims=("bidirectional", "causal", "padding", "equivariant", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3, "depth": 2, "packed": 5, "hidden_dim": 7},

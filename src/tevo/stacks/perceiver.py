@@ -43,6 +43,13 @@ CARD = Card(
         "+ 4 * latents * (latent_dim or d) * (d + (4 * bands + 2 if grid else 0) + (hidden_dim or latent_dim or d)) "
         "+ depth * 4 * latents * (latent_dim or d) * (2 * (latent_dim or d) + latents + (hidden_dim or latent_dim or d)))"
     ),
+    parameters=(
+        "(lambda w, c, hid: latents * w + min(2, repeats) * (2 * w * c + 2 * c * c + 5 * c + 6 * w"
+        " + 2 * w * hid + hid)"
+        " + depth * (4 * w * w + 9 * w + 2 * w * hid + hid))"
+        "(latent_dim or d, d + (len(grid) * (2 * bands + 1) if grid else 0), hidden_dim or latent_dim or d)"
+    ),
+    memory="n",
     claims=("bidirectional", "padding"),
     examples=(
         {"dim": 12, "heads": 3, "latents": 5, "depth": 2, "repeats": 3},

@@ -42,6 +42,12 @@ CARD = Card(
     cost="n^2",
     flops="depth * (8 * n * d * d + 4 * n * n * d + 4 * n * d * (hidden_dim or 4 * d))",
     state="2 * depth * n * d",
+    parameters=(
+        "depth * (4 * d * d + 4 * d * bias + 2 * (2 * d if norm == 'layer_norm' else d)"
+        " + (2 * d * (hidden_dim or 4 * d) + (hidden_dim or 4 * d) + d"
+        " if channel in ('gelu', 'relu') else 3 * d * ((2 * (hidden_dim or 4 * d) + 1) // 3)))"
+    ),
+    memory="n^2",
     claims=("bidirectional", "causal", "padding", "equivariant", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3, "depth": 3, "causal": True, "hidden_dim": 7},

@@ -41,6 +41,11 @@ CARD = Card(
         " hidden_dim or 4 * d)"
     ),
     state="d * (2 * depth * max(memory + (n - 1) % segment + 1, 2 * memory) + memory)",
+    parameters=(
+        "memory * d + depth * (4 * d * d + 2 * d * (hidden_dim or 4 * d) + (hidden_dim or 4 * d) + 5 * d) + 2 * d"
+        " + ((segment + (2 if causal else 1) * memory) * d if position == 'learned' else 0)"
+    ),
+    memory="n",
     claims=("bidirectional", "causal", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3, "depth": 1, "segment": 900, "memory": 3, "causal": True, "hidden_dim": 7},

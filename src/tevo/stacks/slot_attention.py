@@ -42,6 +42,8 @@ CARD = Card(
         "<= n * (slot_dim or d) * (d + iterations * num_slots) "
         "else 4 * n * (slot_dim or d) * (d + iterations * num_slots))"
     ),
+    parameters="(lambda w: 2 * d * (w + 1) + 7 * w * w + 13 * w + hidden_dim * (2 * w + 1))(slot_dim or d)",
+    memory="n",
     claims=("bidirectional", "padding"),
     examples=(
         {"dim": 12, "num_slots": 5, "hidden_dim": 7},

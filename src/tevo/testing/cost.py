@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tevo.bench.measure import fit_exponent, flops
+from tevo.bench.measure import fit_exponent, flops, saved_bytes
 from tevo.contracts import Inference
 from tevo.models.causal_lm import CausalLM
 from tevo.testing.subject import VOCAB, Subject, token_ids
@@ -22,8 +23,11 @@ LENGTHS = (4096, 8192, 16384, 32768)
 # lengths of contexts that a model is run on
 READ = (256, 512, 1024, 2048)
 
-# declared growth -> least and greatest exponent over the last octave, 0.05 about that of the term itself
-EXPONENTS = {"n": (0.95, 1.05), "n log n": (1.05, 1.15), "n sqrt n": (1.45, 1.55), "n^2": (1.95, 2.05)}
+# lengths at which the bytes kept for backward are counted
+KEPT = (512, 1024, 2048)
+
+# declared growth -> exponent of the term itself over the last octave
+EXPONENTS = {"1": 0.0, "n": 1.0, "n log n": 1.1, "n sqrt n": 1.5, "n^2": 2.0}
 
 
 class Called(nn.Module):
@@ -92,6 +96,26 @@ def last_octave(found: dict[str, object]) -> float | None:
     return math.log2(counts[-1] / counts[-2]) if counts[-2] else None
 
 
+def kept(subject: Subject, n: int) -> int:
+    """Bytes that one forward pass of one sequence of n tokens keeps for backward, in float32 on a CPU."""
+    built = at_length(subject, n)
+    x = torch.randn(1, n, built.dim, generator=torch.Generator().manual_seed(1))
+    return saved_bytes(Called(built, built.make(dtype=torch.float32, disturbed=False)), x.requires_grad_())
+
+
+def growth_kept(subject: Subject) -> float:
+    """The exponent of the bytes kept for backward over the last octave of ``KEPT``; 0 where none are kept.
+
+    Where n^2 is declared, what is linear in n is taken off first, f(2n) - 2 f(n), because it fades slowly; of a part
+    that keeps no more than that nothing is left, and its own exponent is given.
+    """
+    counts = [kept(subject, n) for n in KEPT]
+    if (subject.card.memory or subject.card.cost) == "n^2":
+        rest = [more - 2 * less for less, more in pairwise(counts)]
+        counts = rest if min(rest) > 0.1 * counts[1] else counts
+    return math.log2(counts[-1] / counts[-2]) if counts[-2] else 0.0
+
+
 def declared_flops(subject: Subject, n: int) -> float:
     """The card's FLOPs of one sequence of n tokens."""
     return formula(subject, subject.card.flops, n)
@@ -118,6 +142,11 @@ def formula(subject: Subject, text: str, n: int) -> float:
         "ceil": math.ceil,
         "min": min,
         "max": max,
+        "sum": sum,
+        "len": len,
+        "round": round,
+        "isinstance": isinstance,
+        "int": int,
     }
     try:
         # as globals, so that a lambda in the formula sees them too

@@ -123,6 +123,6 @@ def check_loss_cost(s: Subject) -> float:
     exponent = growth(s)["exponent"]
     expect(isinstance(exponent, float), f"{s.name}: no FLOPs are counted")
     assert isinstance(exponent, float)
-    least, most = EXPONENTS[s.card.cost]
-    expect(least <= exponent <= most, f"{s.name}: FLOPs grow as n^{exponent}, the card declares {s.card.cost}")
+    holds = abs(exponent - EXPONENTS[s.card.cost]) <= 0.05
+    expect(holds, f"{s.name}: FLOPs grow as n^{exponent}, the card declares {s.card.cost}")
     return 0.0

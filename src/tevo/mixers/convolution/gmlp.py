@@ -35,6 +35,8 @@ CARD = Card(
     cost="n^2",
     flops="3 * n * d * (hidden_dim or 6 * d) + n * n * (hidden_dim or 6 * d)",
     state="(length + 1) * (hidden_dim or 6 * d) // 2",
+    parameters="(hidden_dim or 6 * d) * (3 * d + 4) // 2 + d + groups * length * (length + 1)",
+    memory="n",
     claims=("bidirectional", "causal", "padding", "fixed_length", "exact_state"),
     examples=(
         {"part": "gmlp", "dim": 12, "length": 13},
@@ -61,6 +63,10 @@ CARD = Card(
                 " + 4 * n * n * attention_dim + n * attention_dim * (hidden_dim or 6 * d)"
             ),
             "state": "(length + 1) * ((hidden_dim or 6 * d) // 2 + 2 * attention_dim)",
+            "parameters": (
+                "(hidden_dim or 6 * d) * (3 * d + 5 + attention_dim) // 2 + d + 3 * d * attention_dim"
+                " + groups * length * (length + 1)"
+            ),
         }
     },
 )

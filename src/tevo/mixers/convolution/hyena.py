@@ -39,6 +39,11 @@ CARD = Card(
     exports={"hyena": "Hyena"},
     cost="n log n",
     state="(order - 1) * n * d + 2 * (order + 1) * d",
+    parameters=(
+        "(order + 1) * d * (d + 5) + length * emb_dim + (order - 1) * d + d * d + d"
+        " + filter_dim * (emb_dim + 2 * filter_dim + 4 + (order - 1) * d)"
+    ),
+    memory="n",
     claims=("causal", "padding", "fixed_length", "exact_state"),
     examples=(
         {"dim": 12, "length": 17, "emb_dim": 5, "filter_dim": 7},

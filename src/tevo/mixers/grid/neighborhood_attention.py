@@ -39,6 +39,8 @@ CARD = Card(
     exports={"neighborhood_attention": "NeighborhoodAttention"},
     cost="n",
     state="2 * d * (window - 1) * dilation * (grid[1] + 1 if grid else 1)",
+    parameters="4 * d * d + 4 * d + relative * h * (2 * window - 1) ** (2 if grid else 1)",
+    memory="n",
     claims=("bidirectional", "causal", "grid", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3, "window": 5},

@@ -42,6 +42,11 @@ CARD = Card(
     cost="n^2",
     flops="8 * n * d * (hidden_dim or d) + 2 * n * n * (rank or 0) + 4 * n * n * (hidden_dim or d)",
     state="2 * n * (hidden_dim or d)",
+    parameters=(
+        "4 * d * (hidden_dim or d) + bias * (3 * (hidden_dim or d) + d)"
+        " + (2 * rank * length if rank else length * length)"
+    ),
+    memory="n^2",
     claims=("bidirectional", "causal", "padding", "exact_state", "nan_contained"),
     examples=(
         {"part": "aft", "dim": 12, "length": 37, "rank": 5},
@@ -69,7 +74,13 @@ CARD = Card(
         "bias more than 80 below the largest of its row counts as minus infinity."
     ),
     variants={
-        "aft_simple": {"cost": "n", "flops": "", "state": "3 * (hidden_dim or d)"},
+        "aft_simple": {
+            "cost": "n",
+            "flops": "8 * n * d * (hidden_dim or d)",
+            "state": "3 * (hidden_dim or d)",
+            "parameters": "4 * d * (hidden_dim or d) + bias * (3 * (hidden_dim or d) + d)",
+            "memory": "n",
+        },
     },
 )
 

@@ -39,6 +39,8 @@ CARD = Card(
         "(n, d, d // h, 2 * nu if nu else 1, (n - n % 64) * 64 + (n % 64) ** 2, ceil(n / 64))"
     ),
     state="2 * nu * d * (d // h) if nu else d * (d // h)",
+    parameters="4 * d * d + d * h",
+    memory="n",
     claims=("causal", "padding", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3},

@@ -43,6 +43,11 @@ CARD = Card(
         "(n, d, h, head_dim or max(1, 3 * d // (4 * h)), taps, (n - n % 64) * 64 + (n % 64) ** 2, ceil(n / 64))"
     ),
     state="h * (head_dim or max(1, 3 * d // (4 * h))) * (2 * (head_dim or max(1, 3 * d // (4 * h))) + 4 * (taps - 1))",
+    parameters=(
+        "h * (head_dim or max(1, 3 * d // (4 * h))) * (8 * d + 4 * taps)"
+        " + 2 * (head_dim or max(1, 3 * d // (4 * h))) + 2 * h * (d + 1)"
+    ),
+    memory="n",
     claims=("causal", "padding", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3},

@@ -45,6 +45,8 @@ CARD = Card(
         "(n, d, h, head_dim or max(1, d // h // 2), d // h, rank, min(16, n), ceil(n / min(16, n)))"
     ),
     state="d * (head_dim or max(1, d // h // 2))",
+    parameters="3 * d * d + d + 2 * (d // h) + d * rank + h * (head_dim or max(1, d // h // 2)) * (2 * d + rank + 1)",
+    memory="n",
     claims=("causal", "padding", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3, "rank": 2},

@@ -44,10 +44,17 @@ CARD = Card(
         " + (10 if query_specific else 8) * min(proposals, n) * n * d"
         " + (6 if mixed else 2) * min(proposals, n) ** 2 * d"
     ),
+    parameters="4 * d * d + 4 * d + 2 * (d // h) * (d // h + 3)",
+    memory="n",
     claims=("bidirectional",),
     variants={
         "lara": {"claims": ("bidirectional", "grid")},
-        "randomized_attention": {"cost": "n^2", "flops": "8 * n * d * d + 8 * n * n * d"},
+        "randomized_attention": {
+            "cost": "n^2",
+            "flops": "8 * n * d * d + 8 * n * n * d",
+            "parameters": "4 * d * d + 4 * d",
+            "memory": "n^2",
+        },
     },
     examples=(
         {"part": "lara", "dim": 12, "heads": 3, "proposals": 4},

@@ -35,6 +35,8 @@ CARD = Card(
         "+ 2 * d * (d // h + 1) * ceil(n / 64) if causal else 0)"
     ),
     state="d * (d // h + 1)",
+    parameters="4 * d * d",
+    memory="n",
     claims=("bidirectional", "causal", "cross", "padding", "equivariant", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3, "causal": True},

@@ -41,6 +41,8 @@ CARD = Card(
         "(n, d, h, d // h, features, ceil(n / 64) if causal else 0)"
     ),
     state="h * features * (d // h + 1)",
+    parameters="4 * d * d",
+    memory="n",
     claims=("bidirectional", "causal", "cross", "padding", "equivariant", "exact_state"),
     examples=(
         {"part": "performer", "dim": 12, "heads": 3, "features": 7, "causal": True},

@@ -42,6 +42,8 @@ CARD = Card(
     cost="n",
     flops=("8 * n * d * d + ceil(n / min(n, span)) * min(n, span) * d * (4 * (min(n, span) + span) + 2 * span)"),
     state="(d + 1) * span",
+    parameters="4 * d * d + d // h * span + h",
+    memory="n",
     claims=("causal", "padding", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3, "span": 5, "ramp": 3},

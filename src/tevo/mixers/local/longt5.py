@@ -41,6 +41,8 @@ CARD = Card(
     exports={"longt5": "LongT5", "longt5_local": "LongT5Local"},
     cost="n^2",
     state="2 * h * (head_dim or d // h) * (radius + n // block) + d",
+    parameters="4 * d * h * (head_dim or d // h) + 2 * h * buckets + d",
+    memory="n^2",
     claims=("bidirectional", "causal", "padding", "exact_state"),
     examples=(
         {"part": "longt5", "dim": 12, "heads": 3, "radius": 3, "block": 4, "buckets": 8, "max_distance": 9},
@@ -74,7 +76,14 @@ CARD = Card(
         "longt5_local is the form without summaries, whose cost is linear. Sums of 16 inputs overflow float16: "
         "use bfloat16. The paper's FLOPs grow like n while n < 2 r g (4096 tokens), and like n^2 / g beyond."
     ),
-    variants={"longt5_local": {"cost": "n", "state": "2 * h * (head_dim or d // h) * radius"}},
+    variants={
+        "longt5_local": {
+            "cost": "n",
+            "state": "2 * h * (head_dim or d // h) * radius",
+            "parameters": "4 * d * h * (head_dim or d // h) + h * buckets",
+            "memory": "n",
+        }
+    },
 )
 
 

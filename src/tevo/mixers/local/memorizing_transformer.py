@@ -44,6 +44,8 @@ CARD = Card(
         " ceil(n / window))"
     ),
     state="2 * d * min(n, memory + window)",
+    parameters="4 * d * d + h * (buckets + 2)",
+    memory="n",
     claims=("causal", "exact_state"),
     examples=(
         {"dim": 12, "heads": 3, "window": 11, "memory": 16, "topk": 3},

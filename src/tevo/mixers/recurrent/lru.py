@@ -38,6 +38,8 @@ CARD = Card(
     cost="n",
     flops="n * (state_dim or d) * (8 * d + 8 if causal else 12 * d + 16) + 4 * n * d * d",
     state="2 * (state_dim or d)",
+    parameters="(state_dim or d) * (3 + (4 if causal else 6) * d) + 2 * d * d + 3 * d",
+    memory="n",
     claims=("bidirectional", "causal", "padding", "exact_state", "nan_contained"),
     examples=(
         {"dim": 12, "state_dim": 7},

@@ -36,6 +36,12 @@ CARD = Card(
     cost="n^2",
     flops="4 * n * d * (h + (groups or h)) * (head_dim or d // h) + 6 * n * n * h * (head_dim or d // h)",
     state="3 * n * (groups or h) * (head_dim or d // h)",
+    parameters=(
+        "2 * d * (h + (groups or h)) * (head_dim or d // h) + bias * ((h"
+        " + 2 * (groups or h)) * (head_dim or d // h) + d)"
+        " + 6 * (head_dim or d // h)"
+    ),
+    memory="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=(
         {"dim": 12, "heads": 6},

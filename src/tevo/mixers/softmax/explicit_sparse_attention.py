@@ -30,6 +30,8 @@ CARD = Card(
     cost="n^2",
     flops="8 * n * d * d + 4 * n * n * d",
     state="2 * n * d",
+    parameters="0",
+    memory="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=({"topk": 4}, {"topk": 2}, {"topk": 11}),
     reduces_to=("softmax at topk >= the number of keys",),

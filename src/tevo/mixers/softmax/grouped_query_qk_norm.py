@@ -29,6 +29,11 @@ CARD = Card(
     cost="n^2",
     flops="4 * n * (d * (h + groups) + n * h) * (head_dim or d // h)",
     state="2 * n * groups * (head_dim or d // h)",
+    parameters=(
+        "2 * d * (h + groups) * (head_dim or d // h) + bias * ((h + 2 * groups) * (head_dim or d // h) + d)"
+        " + 2 * (head_dim or d // h)"
+    ),
+    memory="n",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=(
         {"dim": 12, "heads": 6, "groups": 3},

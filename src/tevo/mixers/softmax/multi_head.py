@@ -23,6 +23,10 @@ CARD = Card(
     ),
     exports={"multi_head": "MultiHead"},
     cost="n^2",
+    flops="8 * n * d * h * (head_dim or d // h) + 4 * n * n * h * (head_dim or d // h)",
+    state="2 * n * h * (head_dim or d // h)",
+    parameters="4 * d * h * (head_dim or d // h) + bias * (3 * h * (head_dim or d // h) + d)",
+    memory="n",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=({"dim": 12, "heads": 3}, {"dim": 10, "heads": 2, "head_dim": 3}, {"dim": 4, "heads": 1, "bias": True}),
 )

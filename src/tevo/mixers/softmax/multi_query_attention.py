@@ -29,6 +29,8 @@ CARD = Card(
     cost="n^2",
     flops="4 * n * (d * (h + groups) + n * h) * (head_dim or d // h)",
     state="2 * n * groups * (head_dim or d // h)",
+    parameters="2 * d * (h + groups) * (head_dim or d // h) + bias * ((h + 2 * groups) * (head_dim or d // h) + d)",
+    memory="n",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=(
         {"dim": 12, "heads": 3},

@@ -41,6 +41,8 @@ CARD = Card(
     cost="n^2",
     flops="8 * n * d * d + 4 * n * n * d",
     state="2 * n * d",
+    parameters="h if per_head else 1",
+    memory="n^2",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=(
         {"part": "qk_norm", "length": 27},
@@ -60,6 +62,7 @@ CARD = Card(
         "length is that of the training sequences, the host's unless given. The rest of the paper's recipe is "
         "residual=scale_norm. Other libraries' qk_norm is often qk_rms_norm here, or cosines times a fixed 10."
     ),
+    variants={"qk_rms_norm": {"parameters": "2 * (d // h)"}},
 )
 
 

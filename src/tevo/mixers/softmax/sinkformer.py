@@ -33,6 +33,8 @@ CARD = Card(
     exports={"sinkformer": "Sinkhorn"},
     cost="n^2",
     flops="8 * n * d * d + 4 * n * n * d",
+    parameters="0",
+    memory="n^2",
     claims=("bidirectional", "cross", "padding", "equivariant"),
     examples=({"iterations": 3}, {"iterations": 1}, {"iterations": 4}, {"iterations": 7}),
     reduces_to=("softmax at iterations=1",),

@@ -38,6 +38,8 @@ CARD = Card(
     cost="n^2",
     flops="8 * n * d * d + 4 * n * n * d",
     state="2 * n * d",
+    parameters="4 * d * d",
+    memory="n",
     claims=(
         "bidirectional",
         "causal",

@@ -45,6 +45,8 @@ CARD = Card(
     cost="n^2",
     flops="8 * n * d * d + 4 * n * n * d",
     state="2 * n * d",
+    parameters="4 * d * d",
+    memory="n",
     claims=("bidirectional", "causal", "cross", "padding", "exact_state", "equivariant"),
     examples=(
         {"part": "topk_attention", "dim": 12, "heads": 3, "topk": 4},
@@ -69,6 +71,7 @@ CARD = Card(
             "cost": "n",
             "flops": "4 * n * d * (hidden_dim or 4 * d)",
             "state": "",
+            "parameters": "2 * d * (hidden_dim or 4 * d)",
             "claims": ("token_wise",),
         }
     },

@@ -32,6 +32,8 @@ CARD = Card(
     ),
     exports={"fno": "FNO"},
     cost="n log n",
+    parameters="d * d * (2 * modes if grid is None else 4 * modes[0] * modes[1]) + d * d + d",
+    memory="n",
     claims=("bidirectional", "grid"),
     examples=(
         {"dim": 12, "modes": 4},
