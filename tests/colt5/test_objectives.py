@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tevo.colt5.objectives import SPAN_CORRUPTION, UL2, Denoising, Spans, corrupted, lengths_of, text_length
+from tevo.colt5.objectives import (
+    SPAN_CORRUPTION,
+    UL2,
+    Denoising,
+    Spans,
+    corrupted,
+    lengths_of,
+    text_length,
+    vocab_for,
+)
+from tevo.colt5.tokens import ByteTokens, encode
 from tevo.objectives.next_token import IGNORED
 
 SENTINEL = 1000
@@ -94,6 +105,31 @@ def test_forms_are_taken_in_turn_and_rows_do_not_depend_on_the_batch(text: Path)
     )
 
 
+def test_vocabularies_are_t5_s_and_byt5_s_where_their_sentinels_are_enough() -> None:
+    t5 = SimpleNamespace(size=32000)
+    assert vocab_for(t5, mixture="ul2", length=512) == 32128
+    assert vocab_for(ByteTokens(), mixture="ul2", length=512) == 384
+    # 227 spans
+    assert vocab_for(ByteTokens(), mixture="ul2", length=4096) == 512
+
+
+def test_texts_are_of_the_tokens_of_a_file(text: Path) -> None:
+    pytest.importorskip("tokenizers")
+    from tevo.colt5.tokens import FileTokens
+
+    tokens = FileTokens(Path(__file__).parents[1] / "golden" / "colt5" / "spiece_a.model")
+    vocab = vocab_for(tokens, mixture="ul2", length=64)
+    task = Denoising(mixture="ul2", length=64, data=str(text), examples=9, tokens=tokens, vocab=vocab)
+    rows = task.batch("train", 0, 0, 4)
+    inputs, targets, shown = rows["inputs"][0], rows["targets"][0], rows["shown"]
+    # the prefix form: both halves are the text
+    both = [t for t in [*inputs.tolist(), *targets.tolist()] if t > 1]
+    source = encode(tokens, text.read_text()).tolist()
+    assert any(source[i : i + len(both)] == both for i in range(len(source)))
+    assert shown[0, 0] == 0 and torch.equal(shown[0, 1 : (targets > 0).sum()], targets[: (targets > 0).sum() - 1])
+    assert task.facts["size"] == 600 and int(rows["inputs"].max()) == vocab - 1
+
+
 def test_the_score_is_bits_per_scored_target(text: Path) -> None:
     task = Denoising(length=64, data=str(text), examples=4)
     rows = task.batch("valid", 0, 0, 4)
@@ -117,9 +153,9 @@ def test_the_score_is_bits_per_scored_target(text: Path) -> None:
         ({"length": 5}, "length=5, expected at least 16"),
         (
             {"length": 4096, "vocab": 384},
-            "vocab=384, expected at least 486: bytes, and a sentinel for each of 227 spans",
+            "vocab=384, expected at least 486: 259 tokens, and a sentinel for each of 227 spans",
         ),
-        ({"length": 9000, "vocab": 2000}, "of the corpus has .* bytes, expected at least"),
+        ({"length": 9000, "vocab": 2000}, "of the corpus has .* tokens, expected at least"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(options: dict[str, object], sentence: str, text: Path) -> None:

@@ -18,6 +18,7 @@ Letters: n tokens of a text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -27,10 +28,22 @@ from torch.nn import functional as F
 
 from tevo.bench.tasks.contract import HELD_OUT, IGNORED, Draws, Rows, Task, below
 from tevo.colt5.tasks.contract import END, PAD
-from tevo.colt5.tasks.modules import OFFSET
+from tevo.colt5.tokens import ByteTokens, Tokens
 from tevo.data.text import Corpus, files_corpus, stdlib_corpus
 
-__all__ = ["MIXTURES", "SPAN_CORRUPTION", "UL2", "Denoising", "Spans", "corrupted", "lengths_of", "text_length"]
+__all__ = [
+    "MIXTURES",
+    "SPAN_CORRUPTION",
+    "UL2",
+    "Denoising",
+    "Spans",
+    "bits",
+    "corrupted",
+    "lengths_of",
+    "shown",
+    "text_length",
+    "vocab_for",
+]
 
 
 class Spans(NamedTuple):
@@ -101,19 +114,55 @@ def _cut(tokens: int, parts: int, raw: Draws) -> Rows:
     return np.diff(np.concatenate([[0], places, [tokens]]))
 
 
+def texts_of(kinds: Sequence[Spans], length: int) -> list[int]:
+    """Tokens of a text of each kind whose inputs are ``length`` at most; of the prefix form as its targets allow."""
+    most = max(lengths_of(text_length(length, kind), kind)[1] for kind in kinds if kind.span is not None)
+    return [text_length(length, kind, targets=most) for kind in kinds]
+
+
+def sentinels_of(kinds: Sequence[Spans], length: int) -> int:
+    """The most spans of a text."""
+    both = zip(texts_of(kinds, length), kinds, strict=True)
+    return max(_counts(n, kind.noise, kind.span)[1] for n, kind in both if kind.span)
+
+
+def vocab_for(tokens: Tokens, *, mixture: str, length: int) -> int:
+    """Rows of an embedding for tokens and sentinels: 100 sentinels or as many as are needed, in all a multiple of 128."""
+    return -(-(tokens.size + max(100, sentinels_of(_kinds(mixture), length))) // 128) * 128
+
+
+def _kinds(mixture: str) -> tuple[Spans, ...]:
+    if mixture not in MIXTURES:
+        raise ValueError(f"task 'denoising': mixture={mixture!r}, expected one of {', '.join(MIXTURES)}")
+    return MIXTURES[mixture]
+
+
+def shown(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With "shown" (b, t): the targets one to the right, behind padding, which is what a decoder is given."""
+    before = F.pad(rows["targets"][:, :-1], (1, 0), value=PAD)
+    return {**rows, "shown": before.masked_fill(before == IGNORED, PAD)}
+
+
+def bits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits and scored targets, of ``logits`` (b, t, V)."""
+    kept = targets != IGNORED
+    found = F.cross_entropy(logits[kept].double(), targets[kept], reduction="sum") / torch.tensor(2.0).double().log()
+    return found, kept.sum().double()
+
+
 class Denoising(Task):
-    """Texts of a corpus, corrupted: rows for an encoder-decoder, of bytes in ByT5's scheme with sentinels.
+    """Texts of a corpus, corrupted: rows for an encoder-decoder, of tokens and sentinels.
 
     A row has one of the mixture's forms, in turn, so that each has its share of every batch; rows are padded to the longest of
-    the batch. The score is bits per target token with the right
-    ones before it.
+    the batch. The score is bits per target token with the right ones before it.
 
     Args:
         mixture: a name of ``MIXTURES``.
         length: tokens of the inputs at most.
-        vocab: of the model; the tokens beyond the bytes are sentinels.
+        vocab: of the model; the greatest tokens are sentinels.
         data: the user's file or folder; empty: the running CPython's standard library.
         examples: rows of each held-out split.
+        tokens: of the text; bytes in ByT5's scheme by default.
     """
 
     name: ClassVar[str] = "denoising"
@@ -128,26 +177,25 @@ class Denoising(Task):
         vocab: int = 512,
         data: str = "",
         examples: int = 64,
+        tokens: Tokens | None = None,
     ) -> None:
-        if mixture not in MIXTURES:
-            raise ValueError(f"task 'denoising': mixture={mixture!r}, expected one of {', '.join(MIXTURES)}")
+        self.kinds = _kinds(mixture)
         if length < 16:
             raise ValueError(f"task 'denoising': length={length}, expected at least 16 tokens")
-        self.kinds = MIXTURES[mixture]
-        spanned = [kind for kind in self.kinds if kind.span is not None]
-        most = max(lengths_of(text_length(length, kind), kind)[1] for kind in spanned)
-        self.texts = [text_length(length, kind, targets=most) for kind in self.kinds]
-        spans = max(_counts(n, k.noise, k.span)[1] for n, k in zip(self.texts, self.kinds, strict=True) if k.span)
-        if vocab < OFFSET + 256 + spans:
+        self.texts = texts_of(self.kinds, length)
+        self.tokens = ByteTokens() if tokens is None else tokens
+        spans = sentinels_of(self.kinds, length)
+        if vocab < self.tokens.size + spans:
             raise ValueError(
-                f"task 'denoising': vocab={vocab}, expected at least {OFFSET + 256 + spans}: bytes, and a sentinel for each of "
-                f"{spans} spans of length={length}"
+                f"task 'denoising': vocab={vocab}, expected at least {self.tokens.size + spans}: {self.tokens.size} tokens, "
+                f"and a sentinel for each of {spans} spans of length={length}"
             )
         self.corpus: Corpus = files_corpus(data) if data else stdlib_corpus()
-        short = [split for split, text in self.corpus.splits.items() if len(text) < max(self.texts)]
+        self._texts = {split: self.tokens.stored(text) for split, text in self.corpus.splits.items()}
+        short = [split for split, text in self._texts.items() if len(text) < max(self.texts)]
         if short:
             raise ValueError(
-                f"task 'denoising': {short[0]!r} of the corpus has {len(self.corpus.splits[short[0]])} bytes, expected at least "
+                f"task 'denoising': {short[0]!r} of the corpus has {len(self._texts[short[0]])} tokens, expected at least "
                 f"{max(self.texts)}, a text of length={length}; give more text or a smaller length"
             )
         facts: dict[str, Any] = {"mixture": mixture, "length": length, "vocab": vocab, "examples": examples}
@@ -158,19 +206,23 @@ class Denoising(Task):
             chance=float(np.log2(vocab)),
             baselines={},
             draws=1 + 2 * max(self.texts),
-            facts={**facts, "corpus": self.corpus.facts()},
+            facts={**facts, **self.tokens.facts, "corpus": self.corpus.facts()},
         )
+
+    def batch(self, split: str, seed: int, index: int, size: int) -> dict[str, Tensor]:
+        """As :meth:`tevo.bench.tasks.Task.batch`, and "shown" (b, t): the targets one to the right."""
+        return shown(super().batch(split, seed, index, size))
 
     def make(self, split: str, first: int, raw: Draws) -> tuple[Rows, Rows]:
         """Windows of the corpus, corrupted in turn, padded."""
-        text, pairs = self.corpus.splits[split], []
+        text, pairs = self._texts[split], []
         for row, numbers in enumerate(raw):
             which = (first + row) % len(self.kinds)
             tokens = self.texts[which]
             room = len(text) - tokens + 1
             # spread over the split, so that few rows show much of it
             start = room * (first + row) // self.examples if split in HELD_OUT else int(below(numbers[:1], room)[0])
-            window = text[start : start + tokens].astype(np.int64) + OFFSET
+            window = text[start : start + tokens].astype(np.int64) + self.tokens.offset
             pairs.append(corrupted(window, self.kinds[which], numbers[1:], first_sentinel=self.vocab - 1))
         wide = [max(len(pair[side]) for pair in pairs) for side in (0, 1)]
         inputs = np.full((len(raw), wide[0]), PAD, dtype=np.int64)
@@ -181,6 +233,4 @@ class Denoising(Task):
 
     def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Bits and scored targets, of ``logits`` (b, t, V)."""
-        kept = targets != IGNORED
-        bits = F.cross_entropy(logits[kept].double(), targets[kept], reduction="sum") / torch.tensor(2.0).double().log()
-        return bits, kept.sum().double()
+        return bits(logits, targets)
