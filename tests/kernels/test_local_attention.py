@@ -68,6 +68,16 @@ def test_equals_the_dense_reference_without_a_graph(mask):
     torch.testing.assert_close(local_attention(**made), plain.local_attention_reference(**made), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("mask", ["", "sides"])
+@pytest.mark.parametrize("n", [9, 23, 24, 25])
+def test_rows_with_few_whole_windows_or_none_equal_the_dense_reference(n, mask, monkeypatch):
+    # blocks of 8 and a radius of 1: windows of 24 keys
+    monkeypatch.setattr(plain, "SMALLEST_BLOCK", 8)
+    made = example(n, 1, mask)
+    ours = value_and_gradients(local_attention, made)
+    assert_same(ours, value_and_gradients(plain.local_attention_reference, made))
+
+
 def test_usual_blocks_and_pieces_equal_the_plain_form_in_float32(monkeypatch):
     monkeypatch.undo()
     made = example(300, 20, "sides", torch.float32)

@@ -7,7 +7,8 @@
 The function is that of :func:`tevo.functional.local_attention.local_attention`, which is the reference. torch's fused
 kernel has no gradient for a bias; here P is made again from q, k and L, a few blocks of queries at a time, and (3) sums
 blocks before it sums diagonals, so that nothing of size n w is ever kept. Saved for backward: q, k, v, o and L. Blocks all of
-whose keys exist share one small table of addends; only the others get one of their own.
+whose keys exist share one small table of addends; only the others get one of their own. Without a mask the two ends of a row
+are one block each, so that no key is copied.
 
 Letters beyond the shared ones: r radius, N blocks, c queries of a block, w keys of its window.
 """
@@ -84,22 +85,22 @@ def _cut(n: int, r: int, c: int) -> _Blocks:
     return _Blocks(c, count, -(-r // c), count * c - n)
 
 
-def _existing(n: int, mask: Tensor | None, cut: _Blocks, device: torch.device) -> Tensor:
-    """(#b, N, w): which keys of the windows exist."""
-    real = torch.ones(1, n, dtype=torch.bool, device=device) if mask is None else mask
-    return F.pad(real, (cut.side, cut.side + cut.tail)).unfold(1, cut.w, cut.c)
+def _existing(mask: Tensor, cut: _Blocks) -> Tensor:
+    """(N, w): which keys of the windows of a row (n,) exist."""
+    return F.pad(mask, (cut.side, cut.side + cut.tail)).unfold(0, cut.w, cut.c)
 
 
-def _offsets(cut: _Blocks, device: torch.device) -> Tensor:
-    """(c, w): key position - query position."""
-    return torch.arange(cut.w, device=device) - cut.side - torch.arange(cut.c, device=device)[:, None]
+def _offsets(queries: int, keys: int, shift: int, device: torch.device) -> Tensor:
+    """(queries, keys): key position - query position, which is ``shift`` for the first of both."""
+    return torch.arange(shift, shift + keys, device=device) - torch.arange(queries, device=device)[:, None]
 
 
-def _addends(bias: Tensor, cut: _Blocks, outside: float) -> Tensor:
-    """(h, c, w): the bias within the window, ``outside`` elsewhere."""
+def _addends(bias: Tensor, queries: int, keys: int, shift: int, outside: float) -> Tensor:
+    """(h, queries, keys): the bias within the window, ``outside`` elsewhere."""
     r = bias.shape[1] // 2
-    offset = _offsets(cut, bias.device)
-    return bias[:, offset.clamp(-r, r) + r].masked_fill_(offset.abs() > r, outside)
+    # every query's row is the one before, shifted by one
+    row = F.pad(bias, (queries - 1 - shift - r, shift + keys - 1 - r), value=outside)
+    return row.unfold(1, keys, 1).contiguous().flip(1)
 
 
 def _whole(existing: Tensor) -> tuple[int, int]:
@@ -122,39 +123,78 @@ def _stretch(x: Tensor, first: int, last: int) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, c: int) -> tuple[Tensor, Tensor]:
     b, h, n, e = q.shape
     cut = _cut(n, bias.shape[1] // 2, c)
-    # finite, so that a row without any key has finite weights before it is set to zero
-    lowest = torch.finfo(q.dtype).min / 4
-    near = _addends(bias, cut, lowest)
-    existing = _existing(n, mask, cut, q.device)
-    stretches = [_whole(row) for row in existing]
     # heads beside each other, as the projection wants them
     o, lse = q.new_empty(b, n, h, e), q.new_empty(b, n, h)
-    for row in range(b):
-        real = 0 if mask is None else row
-        start, end = stretches[real]
-        for first, last, whole in ((0, start, False), (start, end, True), (end, cut.blocks, False)):
-            if first == last:
-                continue
-            at, stop = first * c, min(last * c, n)
-            # blocks are the kernel's batch: where all keys exist, it reads windows of the very keys that were given
-            q_ = _stretch(q[row], at, last * c).unflatten(1, (-1, c)).transpose(0, 1)  # N h c e
-            k_, v_ = (_stretch(x[row], at - cut.side, last * c + cut.side) for x in (k, v))
-            addend = near[None]
-            if not whole:
-                here = existing[real, first:last, None, None]
-                addend = torch.where(here, near, lowest)  # N h c w
-                if mask is not None:
-                    gone = ~_stretch(mask[row][None, :, None], at - cut.side, last * c + cut.side)
-                    k_, v_ = k_.masked_fill(gone, 0.0), v_.masked_fill(gone, 0.0)
-            k_, v_ = (x.unfold(1, cut.w, c).permute(1, 0, 3, 2) for x in (k_, v_))  # N h w e
-            o_, lse_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q_, k_, v_, attn_mask=addend.expand(last - first, -1, -1, -1), scale=1.0
-            )
-            o_, lse_ = (x.transpose(1, 2).flatten(0, 1)[: stop - at] for x in (o_, lse_))  # tokens h (e)
-            if mask is not None and not whole:
-                o_ = o_.masked_fill((lse_ < lowest / 2)[..., None], 0.0)
-            o[row, at:stop], lse[row, at:stop] = o_, lse_
+    if mask is None:
+        _forward_whole(q, k, v, bias, cut, o, lse)
+    else:
+        for row in range(b):
+            _forward_masked(q[row], k[row], v[row], bias, mask[row], cut, o[row], lse[row])
     return o.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _lowest(x: Tensor) -> float:
+    """Finite, so that a query without any key has finite weights before they are set to zero."""
+    return torch.finfo(x.dtype).min / 4
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, h, c, e) and (N, h, w, e), with (#N, h, c, w), give (N, c, h, e) and (N, c, h)."""
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, attn_mask=addend.expand(len(q), -1, -1, -1), scale=1.0
+    )
+    return o.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _forward_whole(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cut: _Blocks, o: Tensor, lse: Tensor) -> None:
+    """All keys of (b, h, n, e) exist: the kernel reads those that were given."""
+    n, r, c, lowest = q.shape[2], bias.shape[1] // 2, cut.c, _lowest(q)
+    # blocks whose windows lie within the row; what is before and after them is one block each, with fewer keys
+    inside = max(0, (n - 2 * cut.side) // c) * c
+    start = cut.side if inside else n
+    end = start + inside
+    for at, stop in ((0, start), (end, n)):
+        if at < stop:
+            first, last = max(at - r, 0), min(stop + r, n)
+            addend = _addends(bias, stop - at, last - first, first - at, lowest)
+            o[:, at:stop], lse[:, at:stop] = _fused(
+                q[:, :, at:stop], k[:, :, first:last], v[:, :, first:last], addend[None]
+            )
+    if not inside:
+        return
+    near = _addends(bias, c, cut.w, -cut.side, lowest)[None]
+    for row in range(len(q)):
+        q_ = q[row, :, start:end].unflatten(1, (-1, c)).transpose(0, 1)  # N h c e
+        # blocks are the kernel's batch
+        k_, v_ = (x[row, :, : end + cut.side].unfold(1, cut.w, c).permute(1, 0, 3, 2) for x in (k, v))  # N h w e
+        o[row, start:end], lse[row, start:end] = (x.flatten(0, 1) for x in _fused(q_, k_, v_, near))
+
+
+def _forward_masked(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, cut: _Blocks, o: Tensor, lse: Tensor
+) -> None:
+    """One row (h, n, e) of whose keys only those of ``mask`` (n,) exist."""
+    n, c, lowest = q.shape[1], cut.c, _lowest(q)
+    near = _addends(bias, c, cut.w, -cut.side, lowest)
+    existing = _existing(mask, cut)
+    start, end = _whole(existing)
+    for first, last, whole in ((0, start, False), (start, end, True), (end, cut.blocks, False)):
+        if first == last:
+            continue
+        at, stop = first * c, min(last * c, n)
+        q_ = _stretch(q, at, last * c).unflatten(1, (-1, c)).transpose(0, 1)  # N h c e
+        # where all keys exist, the kernel reads windows of the very keys that were given
+        k_, v_ = (_stretch(x, at - cut.side, last * c + cut.side) for x in (k, v))
+        addend = near[None]
+        if not whole:
+            addend = torch.where(existing[first:last, None, None], near, lowest)  # N h c w
+            gone = ~_stretch(mask[None, :, None], at - cut.side, last * c + cut.side)
+            k_, v_ = k_.masked_fill(gone, 0.0), v_.masked_fill(gone, 0.0)
+        k_, v_ = (x.unfold(1, cut.w, c).permute(1, 0, 3, 2) for x in (k_, v_))  # N h w e
+        o_, lse_ = (x.flatten(0, 1)[: stop - at] for x in _fused(q_, k_, v_, addend))
+        if not whole:
+            o_ = o_.masked_fill((lse_ < lowest / 2)[..., None], 0.0)
+        o[at:stop], lse[at:stop] = o_, lse_
 
 
 @_forward.register_fake
@@ -184,7 +224,7 @@ def _backward(
     cut = _cut(n, bias.shape[1] // 2, c)
     w, side, blocks = cut.w, cut.side, cut.blocks
     # powers of two, since torch's exp takes several times as long where it meets minus infinity
-    near = _addends(bias * LOG2_E, cut, -torch.inf)  # h c w
+    near = _addends(bias * LOG2_E, c, cut.w, -cut.side, -torch.inf)  # h c w
     k, v = plain._blank(mask, k, v)
     delta = (do * o).sum(-1)
     # a query that sees nothing has weights of zero
@@ -215,7 +255,7 @@ def _backward(
                         x[head, first + i : last + i].baddbmm_(part.mT, other)
         for x, into, factor in zip(sums, (dk, dv), (1 / LOG2_E, 1.0), strict=True):
             into[row] = x.flatten(1, 2)[:, side : side + n].transpose(0, 1).mul_(factor)
-    offset = _offsets(cut, q.device)
+    offset = _offsets(c, w, -side, q.device)
     seen = offset.abs() <= bias.shape[1] // 2
     dbias = torch.zeros_like(bias).index_add_(1, offset[seen] + bias.shape[1] // 2, total[:, seen])  # (eq. 3)
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
