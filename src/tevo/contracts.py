@@ -21,7 +21,7 @@ Conventions that hold everywhere:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,12 @@ class Heads(nn.Module):
 
 
 class Normaliser(nn.Module):
-    """Finer seat of softmax attention: scores and how they become weights. Neutral form: scaled dot product, softmax."""
+    """Finer seat of softmax attention: scores and how they become weights. Neutral form: scaled dot product, softmax.
+
+    A class whose weights of a query depend on other queries' scores sets ``causal_form = False``.
+    """
+
+    causal_form: ClassVar[bool] = True
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         """Turned q (b, h, n, e), k (b, h, m, e) give scores (b, h, n, m), before the position bias."""

@@ -82,14 +82,11 @@ def _check_form(part: Part, causal: bool) -> None:
 
 
 def _check_built(spec: nn.Module) -> None:
-    """Refuse a built mixer that says of itself, or whose normaliser's card says, that it sees later tokens."""
+    """Refuse a built mixer that says of itself that it sees later tokens."""
     if getattr(spec, "causal", None) is False:
         raise ValueError(
             f"{type(spec).__name__} was built with causal=False, but is used causally; build it with causal=True"
         )
-    normaliser = getattr(spec, "normaliser", None)
-    if isinstance(normaliser, nn.Module):
-        _check_form(resolve(type(normaliser)), causal=True)
 
 
 def acts_on_scores(position: nn.Module) -> bool:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tevo.mixers.softmax.sinkformer import Sinkhorn, sinkhorn
+from tevo.mixers.softmax.softmax import SoftmaxAttention
 
 
 def draw(n: int, m: int) -> Tensor:
@@ -56,3 +57,9 @@ def test_the_true_gradient_is_that_of_finite_differences_and_the_released_one_is
 def test_no_step_is_refused() -> None:
     with pytest.raises(ValueError, match="iterations=0"):
         Sinkhorn(iterations=0)
+
+
+def test_attention_that_is_causal_refuses_it_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="causal=True with the normaliser Sinkhorn, which has no causal form"):
+        SoftmaxAttention(dim=12, heads=3, causal=True, normaliser=Sinkhorn())
+    SoftmaxAttention(dim=12, heads=3, normaliser=Sinkhorn())

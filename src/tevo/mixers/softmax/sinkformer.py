@@ -93,6 +93,8 @@ class Sinkhorn(Normaliser):
         released_gradient: take no gradient through the columns' terms, as the released code; otherwise the true gradient.
     """
 
+    causal_form = False
+
     def __init__(self, *, iterations: int = 3, released_gradient: bool = False) -> None:
         super().__init__()
         if iterations < 1:

@@ -72,7 +72,7 @@ class SoftmaxAttention(TokenMixer):
         heads: number of heads h, or a :class:`~tevo.contracts.Heads` module.
         causal: a token sees itself and earlier ones.
         position: relative or rotary positions; None sees no order.
-        normaliser: how scores become weights; None is softmax.
+        normaliser: how scores become weights; None is softmax. With ``causal`` it must have a causal form.
         memory: tokens of earlier segments that ``step`` keeps, as inputs without gradient; None keeps all of them, as
             keys and values.
         dropout: probability with which a weight is dropped in training.
@@ -94,6 +94,11 @@ class SoftmaxAttention(TokenMixer):
             raise ValueError(
                 f"SoftmaxAttention got memory={memory} with causal={causal}; a segment memory needs causal=True and "
                 "memory >= 1 (None keeps everything)"
+            )
+        if causal and normaliser is not None and not normaliser.causal_form:
+            raise ValueError(
+                f"SoftmaxAttention got causal=True with the normaliser {type(normaliser).__name__}, which has no causal form "
+                "(a query's weights depend on other queries); build it with causal=False or with another normaliser"
             )
         self.heads = MultiHead(dim=dim, heads=heads) if isinstance(heads, int) else heads
         self.causal = causal
