@@ -49,15 +49,29 @@ def test_bo_qsa_is_the_authors_recursion_with_its_gradients() -> None:
 def test_a_step_of_training_reaches_every_parameter(name: str) -> None:
     torch.manual_seed(0)
     model = preset(name)
-    out = model(images())
+    batch = images()[..., : model.encoder.image_size[0], : model.encoder.image_size[1]]
+    out = model(batch)
     if isinstance(model, SlotAutoencoder):
-        assert out.masks.shape == (2, 8, 128, 128)
-        loss = (out.reconstruction - images()).square().mean()
+        assert out.masks.shape == (2, {"bo-qsa": 8, "isa-t": 4}[name], *batch.shape[2:])
+        loss = (out.reconstruction - batch).square().mean()
     else:
         assert isinstance(model, SlotSetPredictor) and out.predictions.shape == (2, 10, 19)
         loss = hungarian_huber(out.predictions, torch.rand(2, 10, 19))[0]
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_isa_t_has_the_parameters_of_the_authors_configuration() -> None:
+    model = preset("isa-t")
+    assert model.encoder.image_size == model.encoder.grid == model.decoder.grid == (35, 35)
+    norm, wide = 2 * 64, 64 * 128 + 128 + 128 * 64 + 64
+    expected = {
+        "encoder": 25 * 3 * 64 + 64 + 3 * (25 * 64 * 64 + 64),
+        # theirs has recurrent biases for one gate of three
+        "slot_attention": 4 * 64 + 3 * 64 * 64 + (2 * 64 + 64) + 4 * norm + 2 * wide + 6 * (64 * 64 + 64),
+        "decoder": (2 * 64 + 64) + (64 * 256 + 256) + 5 * (256 * 256 + 256) + (256 + 1) + 3 * (256 + 1),
+    }
+    assert {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()} == expected
 
 
 def test_drop_path_zeroes_rows_and_keeps_the_mean() -> None:

@@ -62,10 +62,11 @@ def sprites(tmp_path: Path) -> str:
         {"implicit": 1},
         {"attention": "bo_qsa", "noise_steps": 6},
         {"attention": "mesh"},
+        {"attention": "isa_tsr"},
         {"data": "sprites", "decoder_grid": 8},
         {**SET, "data": "clevr"},
     ],
-    ids=["unrolled", "implicit", "bo_qsa", "mesh", "file", "set"],
+    ids=["unrolled", "implicit", "bo_qsa", "mesh", "isa", "file", "set"],
 )
 def test_a_model_cut_off_and_resumed_ends_with_the_same_bits(
     tmp_path: Path, options: dict[str, Any], request: pytest.FixtureRequest

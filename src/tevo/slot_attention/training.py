@@ -27,6 +27,13 @@ from tevo.slot_attention.data import Scene, set_targets
 from tevo.slot_attention.data.sets import Generated, SceneSet, Stored
 from tevo.slot_attention.gradient import BiLevel, Implicit
 from tevo.slot_attention.init import Background, LearnedQueries
+from tevo.slot_attention.invariant import (
+    Frame,
+    Translation,
+    TranslationScale,
+    TranslationScaleRotation,
+    invariant_autoencoder,
+)
 from tevo.slot_attention.matching import hungarian_huber
 from tevo.slot_attention.metrics import average_precision, average_precision_per_image, fg_ari
 from tevo.slot_attention.models import Decomposition, SetPrediction, SlotAutoencoder, SlotEncoder, SlotSetPredictor
@@ -59,6 +66,11 @@ __all__ = [
 
 SlotModel = SlotAutoencoder | SlotSetPredictor
 THRESHOLDS = (math.inf, 1.0, 0.5, 0.25, 0.125)
+FRAMES: dict[str, Frame] = {
+    "isa_t": Translation(),
+    "isa_ts": TranslationScale(),
+    "isa_tsr": TranslationScaleRotation(),
+}
 
 
 class Reconstruction(Objective):
@@ -329,6 +341,16 @@ def build_model(recipe: SlotRecipe, task: SlotTask | SetTask) -> SlotModel:
         "hidden_dim": recipe.hidden_dim,
         "iterations": recipe.iterations,
     }
+    if recipe.attention in FRAMES:
+        return invariant_autoencoder(
+            **shared,
+            frame=FRAMES[recipe.attention],
+            channels=recipe.channels,
+            encoder_strides=recipe.encoder_strides,
+            decoder_grid=(recipe.decoder_grid, recipe.decoder_grid),
+            decoder_strides=recipe.decoder_strides,
+            gradient=Implicit(recipe.implicit) if recipe.implicit else None,
+        )
     model: SlotModel
     if recipe.model == "set_predictor":
         model = SlotSetPredictor(**shared, strides=recipe.encoder_strides)
@@ -352,7 +374,10 @@ def build_model(recipe: SlotRecipe, task: SlotTask | SetTask) -> SlotModel:
 
 
 def build_attention(recipe: SlotRecipe) -> SlotAttention:
-    """The slot module that the recipe names; those of later papers have torch's eps in their norms, as their code."""
+    """The slot module that the recipe names; those of later papers have torch's eps in their norms, as their code.
+
+    Invariant ones are built with the model around them.
+    """
     variants: dict[str, Mapping[str, Any]] = {
         "slots": {},
         "background": {"init": Background()},
