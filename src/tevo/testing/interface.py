@@ -17,7 +17,7 @@ from tevo.testing.tolerances import RUNGS
 @check("The output has the input's shape and dtype (float64, float32) and is finite.", group="A")
 def check_shape_and_dtype(s: Subject) -> float:
     """Shapes prove nothing, but wrong ones prove a lot."""
-    for dtype in (torch.float64, torch.float32):
+    for dtype in s.through("precisions"):
         module = s.make(dtype=dtype)
         for n in s.sizes():
             x = s.inputs(2, n, dtype=dtype)

@@ -200,11 +200,11 @@ def check_padding(s: Subject) -> float:
             continue
         module = s.make(causal=causal)
         plain = s.call(module, x)
-        for before, after in ((0, 3), (4, 0), (2, 1)):
+        for before, after in s.through("paddings"):
             for junk in (0.0, 1e3, float("nan")):
-                padded = torch.full((2, before + n + after, s.dim), junk, dtype=torch.float64)
+                padded = torch.full((len(x), before + n + after, s.dim), junk, dtype=torch.float64)
                 padded[:, before : before + n] = x
-                mask = torch.zeros(2, before + n + after, dtype=torch.bool)
+                mask = torch.zeros(len(x), before + n + after, dtype=torch.bool)
                 mask[:, before : before + n] = True
                 at = (mask.long().cumsum(1) - 1).clamp(min=0)
                 leaf = padded.clone().requires_grad_()

@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ from torch import nn
 
 from tevo.catalogue.rows import PACKAGE, Row, source_hash
 from tevo.testing.checks import FAST, GROUPS, Check, applicable
+from tevo.testing.shrink import described, shrink
 from tevo.testing.subject import Subject
 from tevo.testing.user import user_subject
-
-# seconds spent at most on making one failing input smaller
-PATIENCE = 15.0
 
 
 @dataclass
@@ -127,52 +124,8 @@ def describe(subject: Subject, check: Check, error: Exception, *, smallest: bool
         # what raised knows the input that it was given, which the check may have chosen itself
         found["smallest"] = f"x of shape ({small.runs['b']}, {small.runs['n']}, {small.dim}) to {small.name}"
     elif small is not subject:
-        n = max(small.sizes())
-        found["smallest"] = f"x of shape ({small.rows or 'b'}, {n}, {small.dim}) to {small.name}"
+        found["smallest"] = described(small, subject)
     return found
-
-
-def shrink(subject: Subject, check: Check, error: Exception) -> tuple[Subject, Exception]:
-    """The smallest subject (shortest, then fewest rows, then narrowest) on which a check fails alike, and its failure.
-
-    Lengths are tried from 1 upward, so that the first that fails is the shortest; a failure is alike if its sentence is,
-    numbers apart.
-    """
-    sentence, until = kind(subject, error), time.perf_counter() + PATIENCE
-
-    def fails(smaller: Subject) -> Exception | None:
-        if time.perf_counter() > until:
-            return None
-        try:
-            check.run(smaller)
-        except Exception as seen:
-            return seen if kind(smaller, seen) == sentence else None
-        return None
-
-    def first(candidates: Iterable[Subject]) -> None:
-        nonlocal subject, error
-        for smaller in candidates:
-            seen = fails(smaller)
-            if seen is not None:
-                subject, error = smaller, seen
-                return
-
-    longest = max(subject.sizes(), default=0)
-    if subject.any_length():
-        first(replace(subject, lengths=(n,)) for n in range(1, longest + 1))
-    first(replace(subject, rows=b) for b in (1, 2))
-    if "heads" in subject.example:
-        first(replace(subject, example={**subject.example, "heads": h}) for h in range(1, subject.heads))
-    if "dim" in subject.example:
-        heads = subject.heads if "heads" in subject.example else 1
-        first(replace(subject, example={**subject.example, "dim": d}) for d in range(heads, subject.dim, heads))
-    return subject, error
-
-
-def kind(subject: Subject, error: Exception) -> str:
-    """A failure's sentence without the part's arguments and without numbers."""
-    text = str(error).replace(subject.name, "")
-    return type(error).__name__ + re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", text)[:120]
 
 
 def parametrised(subjects: Iterable[Subject], *, groups: str = "".join(GROUPS)) -> dict[str, object]:

@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from tevo.models.encoder import Encoder
 
 # heads and width of a head of the seats built around normalisers and positions
 SEAT_HEADS, SEAT_WIDTH = 3, 4
+# tokens of padding before and after, and dtypes, that checks of all of them go through
+PADDINGS = ((0, 3), (4, 0), (2, 1))
+PRECISIONS = (torch.float64, torch.float32)
 # words of the models built around inference parts
 VOCAB = 11
 
@@ -107,6 +111,8 @@ class Subject:
     example: Mapping[str, object]
     lengths: tuple[int, ...] = ()  # in place of those that fit the part
     rows: int | None = None  # the greatest batch
+    paddings: tuple[tuple[int, int], ...] = PADDINGS  # tokens before and after what is real
+    precisions: tuple[torch.dtype, ...] = PRECISIONS
     runs: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # what was run through it
 
     @property
@@ -175,6 +181,11 @@ class Subject:
         around = {w for v in (*own, 8, 16, 32) for w in (v - 1, v, v + 1)} | {1, 2, 3, 5}
         longest = self.example.get("length", max(around))
         return tuple(sorted(n for n in around if isinstance(longest, int) and n <= longest))
+
+    def through(self, name: str) -> tuple[Any, ...]:
+        """``paddings`` or ``precisions``, for a check that goes through them; noted, so that the few that matter are found."""
+        self.runs[name] += 1
+        return getattr(self, name)
 
     def any_length(self) -> bool:
         """Whether lengths 0 and 1 make sense."""
