@@ -47,13 +47,17 @@ def masks() -> tuple[Tensor, Tensor]:
     return mask, slot_mask
 
 
+def every_slot() -> tuple[Tensor, None]:
+    return masks()[0], None
+
+
 def by_loops(
-    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor
+    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     y = F.layer_norm(t["x"], (D,), t["gain"], t["bias"], 1e-3) if norm else t["x"]
     total, mass = {}, {}
     for b in range(B):
-        real = [k for k in range(K) if slot_mask[b, k]]
+        real = [k for k in range(K) if slot_mask is None or slot_mask[b, k]]
         for h in range(H):
             for k in range(K):
                 total[b, h, k], mass[b, h, k] = torch.zeros(E, dtype=y.dtype), torch.zeros((), dtype=y.dtype)
@@ -76,7 +80,7 @@ def by_loops(
 
 
 def plain(
-    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor
+    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     y = F.layer_norm(t["x"], (D,), t["gain"], t["bias"], 1e-3) if norm else t["x"]
     keys, values = ((y @ t[name].mT).unflatten(-1, (H, E)).transpose(1, 2) for name in ("key", "value"))
@@ -84,7 +88,7 @@ def plain(
 
 
 def absorbed(
-    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor
+    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     affine = (t["gain"], t["bias"]) if norm else (None, None)
     qk, offset = absorb(t["q"], t["key"], *affine)
@@ -96,13 +100,13 @@ def absorbed(
 
 
 def lean(
-    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor
+    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return folded(t, joint, norm, eps, mask, slot_mask, keep=False)
 
 
 def folded(
-    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor, keep: bool = True
+    t: dict[str, Tensor], joint: bool, norm: bool, eps: float, mask: Tensor, slot_mask: Tensor | None, keep: bool = True
 ) -> tuple[Tensor, Tensor]:
     # 3 tokens at a time
     shared = Folded(H, joint, eps, keep, chunk=3 * D)
@@ -111,18 +115,19 @@ def folded(
     masks = {"mask": mask, "slot_mask": slot_mask}
     rstd = reciprocal_deviation(t["x"], 1e-3 if norm else None, mask)
     message = next(messages(t["x"], rstd, 1, H * K, shared, **masks))
-    total, mass, a = folded_read(qk, offset, t["x"], rstd, shared, message=message, **masks)
+    total, mass, a, _ = folded_read(qk, offset, t["x"], rstd, shared, message=message, **masks)
     assert (a is None) != keep
     return unabsorb(total, mass, t["value"], *affine), mass
 
 
 @pytest.mark.parametrize("form", [plain, absorbed, lean, folded])
 @pytest.mark.parametrize(("joint", "norm", "eps"), [(False, True, 0.1), (True, True, 0.0), (False, False, 0.1)])
-def test_each_form_equals_the_loops_with_gradients(form, joint: bool, norm: bool, eps: float) -> None:
+@pytest.mark.parametrize("real", [masks, every_slot])
+def test_each_form_equals_the_loops_with_gradients(form, joint: bool, norm: bool, eps: float, real) -> None:
     outs, grads = [], []
     for function in (by_loops, form):
         t = inputs()
-        total, mass = function(t, joint, norm, eps, *masks())
+        total, mass = function(t, joint, norm, eps, *real())
         rng = torch.Generator().manual_seed(1)
         loss = (total * torch.randn(total.shape, generator=rng, dtype=total.dtype)).sum()
         loss = loss + (mass * torch.randn(mass.shape, generator=rng, dtype=mass.dtype)).sum()
@@ -155,11 +160,26 @@ def test_the_deviation_is_exact_however_far_a_token_is_from_the_origin(away: flo
     torch.testing.assert_close(found.double(), expected, rtol=2e-6 + 1e-6 * away, atol=0.0)
 
 
+@pytest.mark.parametrize("chunk", [3 * D, 1000], ids=["pieces", "whole"])
+@pytest.mark.parametrize("real", [masks, every_slot])
+def test_a_pass_finds_the_deviation_on_its_way(real, chunk: int) -> None:
+    mask, slot_mask = real()
+    rng = torch.Generator().manual_seed(7)
+    q = torch.randn(B, H, K, D, generator=rng, dtype=torch.float64)
+    x = 2 * torch.randn(B, N, D, generator=rng, dtype=torch.float64) + 1
+    shared = Folded(H, False, 0.1, chunk=chunk)
+    rstd = reciprocal_deviation(x, 1e-3, mask)
+    expected = folded_read(q, None, x, rstd, shared, mask=mask, slot_mask=slot_mask)
+    found = folded_read(q, None, x, None, shared, mask=mask, slot_mask=slot_mask, norm_eps=1e-3)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+    assert expected[3] is rstd
+
+
 def three_passes(x: Tensor, q: Tensor, chunk: int, tracked: int = 3, keep: bool = False) -> Tensor:
     shared, rstd = Folded(1, False, 1e-8, keep, chunk=chunk), reciprocal_deviation(x, 1e-3)
     messenger = messages(x, rstd, tracked, K, shared)
     for _ in range(3):
-        total, mass, _ = folded_read(q, None, x, rstd, shared, message=next(messenger))
+        total, mass, *_ = folded_read(q, None, x, rstd, shared, message=next(messenger))
         q = torch.tanh(total / mass[..., None])
     return q
 

@@ -206,22 +206,25 @@ def folded_read(
     message: Message | None = None,
     mask: Tensor | None = None,
     slot_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Equations (1), (2) and (4) for absorbed ``q`` (b, h, k, d) and ``offset`` (b, h, k) over raw ``x`` (b, n, d)
     and its ``rstd`` (b, n), see :func:`reciprocal_deviation`.
 
-    Without a ``message`` (see :func:`messages`) the gradient of x is left out.
+    Without a ``message`` (see :func:`messages`) the gradient of x is left out. With ``norm_eps`` rstd is found on the way,
+    while pieces of x are in cache.
 
     Returns:
-        w xh (b, h, k, d) and mass (b, h, k), in the dtype of q; a (b, h, k, n) where it is kept. Gradients are of the first
-        order only.
+        w xh (b, h, k, d) and mass (b, h, k), in the dtype of q; a (b, h, k, n) where it is kept; rstd, given or found.
+        Gradients are of the first order only.
     """
     b, h, k, d = q.shape
     q = q.reshape(b, h * k, d)
     offset = q.new_zeros(b, h * k) if offset is None else offset.reshape(b, h * k)
     carriers = (None, None, None) if message is None else message
-    total, mass, a = _Pass.apply(q, offset, x, rstd, *carriers, mask, slot_mask, shared)
-    return total.view(b, h, k, d), mass.view(b, h, k), None if a is None else a.view(b, h, k, -1)
+    total, mass, a, found = _Pass.apply(q, offset, x, rstd, *carriers, mask, slot_mask, shared, norm_eps)
+    a = None if a is None else a.view(b, h, k, -1)
+    return total.view(b, h, k, d), mass.view(b, h, k), a, rstd if found is None else found
 
 
 def _pieces(x: Tensor, chunk: int) -> Iterator[tuple[slice, slice]]:
@@ -310,16 +313,14 @@ def _small(q: Tensor, offset: Tensor) -> bool:
     return bool(most < SAFE)
 
 
-def _quick_map(q: Tensor, offset: Tensor, p: _Piece, shared: Folded, kept: Tensor | None) -> Tensor:
-    """As :func:`_map` where logits are small: no maximum need be taken away. A copy goes to ``kept`` (b, r, c)."""
+def _quick_map(q: Tensor, offset: Tensor, p: _Piece, shared: Folded) -> Tensor:
+    """As :func:`_map` where logits are small: no maximum need be taken away."""
     e = p.products(q, offset).exp_()
-    apart = e if shared.joint else e.view(e.shape[0] * shared.heads, -1, e.shape[-1])
-    share = apart.sum(1, keepdim=True).reciprocal_()
-    apart.mul_(share)
+    apart = e.view(e.shape[0], 1 if shared.joint else shared.heads, -1, e.shape[-1])
+    share = apart.sum(2, keepdim=True).reciprocal_()
     if p.mask is not None:
-        e.mul_(p.mask)
-    if kept is not None:
-        kept.copy_(e)
+        share.mul_(p.mask[:, None])
+    apart.mul_(share)
     return e
 
 
@@ -359,20 +360,23 @@ def _batched(function: type[torch.autograd.Function], info: Any, in_dims: Any, *
     return outs, tuple(None if out is None else 0 for out in outs)
 
 
+def _deviation(x: Tensor, eps: float) -> Tensor:
+    """By which a norm of ``x`` (b, c, d) multiplies: (b, c)."""
+    # three times as fast as the norm's own pass, and as exact unless a token is far from the origin
+    mean = x.mean(-1).square_()
+    variance = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).sub_(mean)
+    if not _seen(x) or bool((mean > STEADY * variance).any()):
+        return torch.native_layer_norm(x, [x.shape[-1]], *_affine(x), eps)[2].squeeze(-1)
+    return variance.add_(eps).rsqrt_()
+
+
 class _Rstd(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor | None, eps: float) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         rstd = x.new_empty(x.shape[:2], dtype=dtype)
         for at in _pieces(x, CHUNK):
-            part = _piece(x, None, mask, None, at, dtype).x
-            # three times as fast as the norm's own pass, and as exact unless a token is far from the origin
-            mean = part.mean(-1).square_()
-            variance = torch.linalg.vector_norm(part, dim=-1).square_().div_(x.shape[-1]).sub_(mean)
-            if not _seen(x) or bool((mean > STEADY * variance).any()):
-                rstd[at] = torch.native_layer_norm(part, [x.shape[-1]], *_affine(part), eps)[2].squeeze(-1)
-            else:
-                rstd[at] = variance.add_(eps).rsqrt_()
+            rstd[at] = _deviation(_piece(x, None, mask, None, at, dtype).x, eps)
         return rstd
 
     @staticmethod
@@ -403,28 +407,41 @@ class _Pass(torch.autograd.Function):
         mask: Tensor | None,
         slot_mask: Tensor | None,
         shared: Folded,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        q, total, mass = _centred(q, rstd), torch.zeros_like(q), torch.zeros_like(offset)
+        norm_eps: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        measured = x.new_empty(x.shape[:2], dtype=q.dtype) if norm_eps is not None else None
+        normed = rstd is not None or measured is not None
+        q, total, mass = centred(q) if normed else q, torch.zeros_like(q), torch.zeros_like(offset)
         maps = q.new_empty(*offset.shape, x.shape[1]) if shared.keep else None
-        small = rstd is not None and slot_mask is None and _small(q, offset)
+        small = normed and slot_mask is None and _small(q, offset)
         for at in _pieces(x, shared.chunk):
             rows, tokens = at
             p = _piece(x, rstd, mask, slot_mask, at, q.dtype)
+            if measured is not None and norm_eps is not None:
+                # while the piece is in cache
+                measured[at] = _deviation(p.x, norm_eps)
+                p = p._replace(rstd=measured[rows, None, tokens])
             kept = None if maps is None else maps[rows, :, tokens]
-            if small:
-                w = _quick_map(q[rows], offset[rows], p, shared, kept)
-            else:
-                w = _map(q[rows], offset[rows], p, shared)
-                if kept is not None:
-                    kept.copy_(w)
-            w = _weighed(w, p, shared.eps)
-            mass[rows] += w.sum(-1)
-            total[rows] += p.sums(w)
-        return _centred(total, rstd), mass, maps
+            w = (_quick_map if small else _map)(q[rows], offset[rows], p, shared)
+            if kept is not None:
+                kept.copy_(w)
+            if not small:
+                w = _weighed(w, p, shared.eps)
+            mass[rows].add_(w.sum(-1))
+            total[rows].add_(p.sums(w))
+        if small and shared.eps:
+            # a pass over the maps less: a sums to one over rivals, so that together they won the sum over real tokens
+            apart = total.view(total.shape[0], 1 if shared.joint else shared.heads, -1, total.shape[-1])
+            apart.add_(apart.sum(2, keepdim=True), alpha=shared.eps)
+            mass.add_(x.shape[1] if mask is None else mask.sum(-1, keepdim=True), alpha=shared.eps)
+        return centred(total) if normed else total, mass, maps, measured
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        q, offset, x, rstd, _, _, _, mask, slot_mask, ctx.shared = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        q, offset, x, rstd, _, _, _, mask, slot_mask, ctx.shared, norm_eps = inputs
+        if norm_eps is not None:
+            rstd = output[3]
+            ctx.mark_non_differentiable(rstd)
         ctx.save_for_backward(q, offset, x, rstd, mask, slot_mask, output[2])
         # nobody may ask for the maps' gradient
         ctx.set_materialize_grads(False)
@@ -432,7 +449,7 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, dtotal: Tensor | None, dmass: Tensor | None, dmap: Tensor | None
+        ctx: Any, dtotal: Tensor | None, dmass: Tensor | None, dmap: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         q, offset, x, rstd, mask, slot_mask, maps = ctx.saved_tensors
         shared: Folded = ctx.shared
@@ -462,6 +479,7 @@ class _Pass(torch.autograd.Function):
             vectors,
             maps if with_x else None,
             dlogits,
+            None,
             None,
             None,
             None,

@@ -419,11 +419,13 @@ class SlotAttention(nn.Module):
         shared = core.Folded(
             self.heads, self.competition.joint, self.aggregation.eps, keep=graphed and not self._lean, chunk=chunk
         )
-        rstd = core.reciprocal_deviation(x, self.norm_eps, mask)
+        # without a graph the first pass finds it
+        rstd = core.reciprocal_deviation(x, self.norm_eps, mask) if graphed else None
         trained = x.requires_grad and graphed
         messages = core.messages(x, rstd, tracked if trained else 0, self.heads * k, shared, **masks)
 
         def read(normed: Tensor) -> Reading:
+            nonlocal rstd
             gain, bias = self._affine(wide)
             qk, offset = core.absorb(self._queries(normed, wide), self.k.weight.to(wide), gain, bias)
             qk = qk.repeat_interleave(pieces, 0)
@@ -433,7 +435,8 @@ class SlotAttention(nn.Module):
                 plan = shared._replace(keep=False)
             elif trained:
                 message = next(messages)
-            total, mass, a = core.folded_read(qk, offset, x, rstd, plan, message=message, **masks)
+            eps = self.norm_eps if rstd is None else None
+            total, mass, a, rstd = core.folded_read(qk, offset, x, rstd, plan, message=message, norm_eps=eps, **masks)
             total, mass = (t.unflatten(0, (b, pieces)).sum(1) for t in (total, mass))
 
             def weights() -> Tensor:
