@@ -247,20 +247,23 @@ class _Piece(NamedTuple):
     mask: Tensor | None
     slots: Tensor | None
 
-    def products(self, q: Tensor, offset: Tensor) -> Tensor:
-        """First half of equation (4), and an offset (b, r): q' (b, r, d) give (b, r, c)."""
+    def products(self, q: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
+        """First half of equation (4), and an offset (b, r): q' (b, r, d) give (b, r, c), in ``out`` if there is one."""
         if self.x.shape[-1] < WIDE:
-            found = q @ self.x.mT
+            found = torch.bmm(q, self.x.mT, out=out)
         else:
             # in this order, and copied, because products of few wide rows are slow
-            found = (self.x @ q.mT).mT.contiguous()
+            found = (self.x @ q.mT).mT
+            found = found.contiguous() if out is None else out.copy_(found)
         if self.rstd is None:
             return found.add_(offset[..., None])
         return torch.addcmul(offset[..., None], found, self.rstd, out=found)
 
-    def sums(self, w: Tensor) -> Tensor:
-        """Second half, not yet centred: w (b, r, c), which are spent, give (b, r, d)."""
-        return (w if self.rstd is None else w.mul_(self.rstd)) @ self.x
+    def sums(self, w: Tensor, spend: bool = True) -> Tensor:
+        """Second half, not yet centred: w (b, r, c), unless they are to be spared, give (b, r, d)."""
+        if self.rstd is not None:
+            w = w.mul_(self.rstd) if spend else w * self.rstd
+        return w @ self.x
 
 
 def _piece(
@@ -313,9 +316,9 @@ def _small(q: Tensor, offset: Tensor) -> bool:
     return bool(most < SAFE)
 
 
-def _quick_map(q: Tensor, offset: Tensor, p: _Piece, shared: Folded) -> Tensor:
+def _quick_map(q: Tensor, offset: Tensor, p: _Piece, shared: Folded, out: Tensor | None) -> Tensor:
     """As :func:`_map` where logits are small: no maximum need be taken away."""
-    e = p.products(q, offset).exp_()
+    e = p.products(q, offset, out).exp_()
     apart = e.view(e.shape[0], 1 if shared.joint else shared.heads, -1, e.shape[-1])
     share = apart.sum(2, keepdim=True).reciprocal_()
     if p.mask is not None:
@@ -325,10 +328,17 @@ def _quick_map(q: Tensor, offset: Tensor, p: _Piece, shared: Folded) -> Tensor:
 
 
 def _dlogits(
-    a: Tensor, dtotal: Tensor, dmass: Tensor, da: Tensor | None, p: _Piece, shared: Folded, passes: int = 1
+    a: Tensor,
+    dtotal: Tensor,
+    dmass: Tensor,
+    da: Tensor | None,
+    p: _Piece,
+    shared: Folded,
+    passes: int = 1,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the logits (b, passes h k, c), zeros for padding, from dtotal' and what reached a itself, ``da``."""
-    through = p.products(dtotal, dmass)
+    through = p.products(dtotal, dmass, out)
     if da is not None:
         through = through.add_(da)
     # rivals in the second place
@@ -422,13 +432,15 @@ class _Pass(torch.autograd.Function):
                 measured[at] = _deviation(p.x, norm_eps)
                 p = p._replace(rstd=measured[rows, None, tokens])
             kept = None if maps is None else maps[rows, :, tokens]
-            w = (_quick_map if small else _map)(q[rows], offset[rows], p, shared)
-            if kept is not None:
-                kept.copy_(w)
-            if not small:
+            if small:
+                w = _quick_map(q[rows], offset[rows], p, shared, kept)
+            else:
+                w = _map(q[rows], offset[rows], p, shared)
+                if kept is not None:
+                    kept.copy_(w)
                 w = _weighed(w, p, shared.eps)
             mass[rows].add_(w.sum(-1))
-            total[rows].add_(p.sums(w))
+            total[rows].add_(p.sums(w, spend=kept is None or not small))
         if small and shared.eps:
             # a pass over the maps less: a sums to one over rivals, so that together they won the sum over real tokens
             apart = total.view(total.shape[0], 1 if shared.joint else shared.heads, -1, total.shape[-1])
@@ -465,11 +477,10 @@ class _Pass(torch.autograd.Function):
                 p = _piece(x, rstd, mask, slot_mask, at, q.dtype)
                 a = _map(query[rows], offset[rows], p, shared) if maps is None else maps[rows, :, tokens]
                 da = None if dmap is None else dmap[rows, :, tokens]
-                dl = _dlogits(a, pull[rows], dmass[rows], da, p, shared)
-                if dlogits is not None:
-                    dlogits[rows, :, tokens] = dl
-                doffset[rows] += dl.sum(-1)
-                dq[rows] += p.sums(dl)
+                out = None if dlogits is None else dlogits[rows, :, tokens]
+                dl = _dlogits(a, pull[rows], dmass[rows], da, p, shared, out=out)
+                doffset[rows].add_(dl.sum(-1))
+                dq[rows].add_(p.sums(dl, spend=out is None))
         vectors = torch.cat([q, offset[..., None], dtotal, dmass[..., None]], -1) if with_x else None
         return (
             _centred(dq, rstd),

@@ -288,7 +288,8 @@ class SlotAttention(nn.Module):
             b, k, d = s.shape
             s = s.reshape(b * k, d)
             q = torch.mm(torch.layer_norm(s, *slots_norm), key).view(b, k, -1)
-            w = torch.bmm(q, columns).softmax(1) + eps
+            a = torch.bmm(q, columns).softmax(1)
+            w = a + eps if torch.is_grad_enabled() else a.add_(eps)
             u = torch.bmm(w, y) / w.sum(2, True)
             s = torch.gru_cell(u.view(b * k, -1), s, value, *recurrent)
             hidden = torch.addmm(widen_bias, torch.layer_norm(s, *mlp_norm), widen).relu_()
