@@ -446,6 +446,75 @@ def test_without_a_graph_routed_attention_in_pieces_is_the_same(monkeypatch: pyt
             close(module(x, mask=mask), whole.detach(), 1e-13)
 
 
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_a_graph_the_layer_is_the_same_and_writes_into_nothing_it_was_given(train: bool, padded: bool) -> None:
+    module, x = layer(dropout=0.1).train(train), randn(B, N, D)
+    mask = torch.arange(N) < torch.tensor([[N], [N - 6]]) if padded else None
+    before = x.clone()
+    torch.manual_seed(1)
+    wanted = module(x, mask=mask).detach()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        close(module(x, mask=mask), wanted, 1e-12)
+        assert torch.equal(x, before)
+        # rows that are not beside each other
+        torch.manual_seed(1)
+        close(module(x.mT.contiguous().mT, mask=mask), wanted, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "attention.light", "attention.light.out", "feed_forward", "feed_forward.light.out"]
+)
+def test_what_a_hook_sees_is_not_written_over(name: str) -> None:
+    module, x, seen = layer(), randn(B, N, D), []
+    wanted = module(x).detach()
+    part = module.get_submodule(name)
+    part.register_forward_hook(lambda module, inputs, output: seen.extend((output, output.clone())))
+    with torch.no_grad():
+        close(module(x), wanted, 1e-12)
+    assert torch.equal(*seen)
+
+
+def test_a_branch_that_returns_its_input_is_not_written_over() -> None:
+    module, x = feed_forward().double().eval(), randn(B, N, D)
+    module.light = nn.Identity()  # type: ignore[assignment]
+    before = x.clone()
+    with torch.no_grad():
+        close(module(x, onto=x), x + module(x), 1e-14)
+    assert torch.equal(x, before)
+
+
+def test_what_a_branch_is_added_to_is_written_into_only_without_a_graph() -> None:
+    module, x = feed_forward().double().eval(), randn(B, N, D)
+    for grad in (True, False):
+        onto = randn(B, N, D, seed=1)
+        before = onto.clone()
+        with torch.set_grad_enabled(grad):
+            y = module(x, onto=onto)
+        close(y, before + module(x), 1e-13)
+        assert torch.equal(onto, before) == grad
+
+
+def test_autocast_without_a_graph_is_as_with_one() -> None:
+    module, x = layer(dtype=torch.float32), randn(B, N, D, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = module(x).detach()
+        with torch.no_grad():
+            # a few roundings of bfloat16 at outputs of size one
+            close(module(x), wanted, 5e-2)
+
+
+def test_rows_that_are_no_power_of_two_apart_hold_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(D, 256, bias=False).double(), randn(B, N, D)
+    with torch.no_grad():
+        y = layers.spaced(linear, x)
+        assert y.stride(1) == 272
+        close(y, linear(x), 1e-14)
+    assert layers.spaced(linear, x).requires_grad
+
+
 def modern(**options: object) -> ConditionalAttention:
     """Rotary positions and normalised queries and keys in both branches, fewer heads of keys, no table of distance."""
     made = {"heads": (2, 4), "light_bias": None, "heavy_bias": None, "head_dim": 4}

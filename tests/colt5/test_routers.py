@@ -18,7 +18,7 @@ from tevo.colt5 import (
     StaticBlocks,
     StraightThrough,
 )
-from tevo.colt5.routers import ROUTINGS, choose
+from tevo.colt5.routers import ROUTINGS, choose, choose_untied, places
 from tevo.functional.soft_topk import Iterations
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "colt5" / "colt5_layers_a.npz"
@@ -232,6 +232,35 @@ def test_of_equal_scores_the_earlier_token_is_routed() -> None:
     few = torch.full((1, 7), -math.inf)
     few[0, 3] = 1.0
     assert choose(few, 4, 4).nonzero().tolist() == [[0, 3]]
+
+
+def test_without_ties_one_sort_chooses_the_same_and_otherwise_declines() -> None:
+    ranking = randn(3, N)
+    wanted = choose(ranking, 5, 5)
+    with torch.no_grad():
+        found = choose_untied(ranking, 5)
+        assert found is not None
+        for ours, theirs in zip(found, (wanted, *places(wanted, 5)), strict=True):
+            assert torch.equal(ours, theirs)
+        # a tie for the last slot in one of the rows; one above it decides nothing
+        ranked = ranking[1].sort(descending=True).indices
+        for first, second, declined in ((4, 5, True), (0, 1, False), (5, 6, False)):
+            tied = ranking.clone()
+            tied[1, ranked[second]] = tied[1, ranked[first]]
+            assert (choose_untied(tied, 5) is None) == declined
+        for odd in (math.nan, -math.inf):
+            assert choose_untied(torch.full((1, 7), odd), 5) is None
+        assert choose_untied(ranking, N) is None
+    assert choose_untied(ranking, 5) is None
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_without_a_graph_the_same_tokens_are_routed_with_the_same_weights(name: str) -> None:
+    module, x = router(name), randn(B, N, D)
+    wanted = module(x)
+    with torch.no_grad():
+        for ours, theirs in zip(module(x), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", LEARNED)

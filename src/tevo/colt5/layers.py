@@ -25,6 +25,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from tevo.colt5.routers import Routed, Router
 from tevo.contracts import Position
@@ -92,13 +93,17 @@ class RelativeBias(nn.Module):
         # beyond max_distance nothing changes, so that one short row of numbers holds all there are
         most = self.max_distance
         table = self.by_offset(most)
+        q_at, k_at = q_at.int(), k_at.int()  # half the bytes of an index of n m numbers
         index = (k_at[:, None, :] - q_at[:, :, None]).clamp_(-most, most).add_(most)  # b n m
         if real is not None:
             # finite, so that a row without any key has finite weights; a quarter, so that it stays so with a score added
             table = F.pad(table, (0, 1), value=torch.finfo(table.dtype).min / 4)
             index = index.masked_fill(~real[:, None], 2 * most + 1)
-        # the gradient of gather is several times faster than that of an index
-        bias = table.gather(1, index.flatten().expand(len(table), -1))
+        if torch.is_grad_enabled() and table.requires_grad:
+            # whose gradient is several times faster than that of an index
+            bias = table.gather(1, index.flatten().long().expand(len(table), -1))
+        else:
+            bias = table.index_select(1, index.flatten())
         return bias.unflatten(1, index.shape).transpose(0, 1)
 
 
@@ -124,12 +129,18 @@ class GatedFeedForward(nn.Module):
         for linear in (self.into, self.out):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """(..., d) gives (..., d); tokens are independent, so a mask changes nothing."""
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """(..., d) gives (..., d), added to ``onto`` (..., d), in its memory without a graph; a mask changes nothing."""
         gate, value = self.into(x).chunk(2, -1)
         hidden = F.gelu(gate, approximate="tanh")
         hidden = hidden * value if torch.is_grad_enabled() else hidden.mul_(value)
-        return self.out(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
+        hidden = F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+        if onto is None:
+            return self.out(hidden)
+        if not _plain(self.out, hidden) or hidden.dtype != onto.dtype or not onto.is_contiguous():
+            return onto + self.out(hidden)
+        onto.flatten(0, -2).addmm_(hidden.flatten(0, -2), self.out.weight.mT)
+        return onto
 
 
 class NormedTurn(Position):
@@ -196,7 +207,7 @@ class LocalAttention(nn.Module):
         """``x`` (b, n, d), ``mask`` (b, n) give (b, n, d); ``positions`` (#b, n) are those of ``turn``, 0..n-1 by default."""
         check_mask("LocalAttention", mask, x.shape[0], x.shape[1])
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = map(split_heads, self.qkv(blank(x, mask)).split(self._widths(), -1), heads)
+        q, k, v = map(split_heads, spaced(self.qkv, blank(x, mask)).split(self._widths(), -1), heads)
         if self.turn is not None:
             at = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
             q, k = self.turn.turn(q, k, at, at)
@@ -325,6 +336,7 @@ class ConditionalFeedForward(nn.Module):
         scores: Tensor | None = None,
         forced: Tensor | None = None,
         forbidden: Tensor | None = None,
+        onto: Tensor | None = None,
     ) -> Tensor:
         """``x`` (b, n, d) gives (b, n, d).
 
@@ -334,14 +346,18 @@ class ConditionalFeedForward(nn.Module):
             scores: (b, n), the router's, if they are known already.
             forced: (b, n) bool, True = take the heavy branch.
             forbidden: (b, n) bool, True = never take it.
+            onto: (b, n, d), what the result is added to, in its memory without a graph.
         """
         x = blank(x, mask)
-        y = self.light(x)
+        own = ours(self.light)
+        y = self.light(x, onto=onto) if own else self.light(x)
+        if onto is not None and not own:
+            y = onto + y
         if x.numel() == 0:
             return y
         routed = self.router(x, scores=scores, mask=mask, forced=forced, forbidden=forbidden)
         heavy = self.heavy(take(x, routed.indices)) * routed.weights[..., None].to(x.dtype)
-        return add_at(y, routed.indices, heavy)
+        return add_at(y, routed.indices, heavy, into=own)
 
 
 class ConditionalAttention(nn.Module):
@@ -436,7 +452,8 @@ class ConditionalAttention(nn.Module):
             if self.kv_router is self.q_router
             else self.kv_router(x, scores=kv_scores, mask=mask, forced=forced, forbidden=forbidden)
         )
-        return add_at(y, queries.indices, self.heavy(x, queries, keys, positions=positions))
+        heavy = self.heavy(x, queries, keys, positions=positions)
+        return add_at(y, queries.indices, heavy, into=ours(self.light))
 
 
 class ConditionalLayer(nn.Module):
@@ -480,10 +497,14 @@ class ConditionalLayer(nn.Module):
         x = blank(x, mask)
         y, (q, kv) = norm_and_scores(self.attention_norm, x, (self.attention.q_router, self.attention.kv_router))
         y = self.attention(y, mask=mask, positions=positions, scores=(q, kv), forced=forced, forbidden=forbidden)
-        x = x + self._drop(y)
+        y = self._drop(y)
+        x = y.add_(x) if ours(self.attention) and x.dtype == y.dtype else x + y
         y, (s,) = norm_and_scores(self.feed_forward_norm, x, (self.feed_forward.router,))
-        y = self.feed_forward(y, mask=mask, scores=s, forced=forced, forbidden=forbidden)
-        return blank(x + self._drop(y), mask)
+        if ours(self.feed_forward) and not (self.dropout and self.training):
+            x = self.feed_forward(y, mask=mask, scores=s, forced=forced, forbidden=forbidden, onto=x)
+        else:
+            x = x + self._drop(self.feed_forward(y, mask=mask, scores=s, forced=forced, forbidden=forbidden))
+        return blank(x, mask)
 
     def _drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
@@ -546,9 +567,42 @@ def take(x: Tensor, indices: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, _rows(x, indices)).unflatten(0, indices.shape)
 
 
-def add_at(y: Tensor, indices: Tensor, z: Tensor) -> Tensor:
-    """``y`` (b, n, d) with ``z`` (b, c, d) added to its tokens ``indices`` (b, c)."""
-    return y.flatten(0, 1).index_add(0, _rows(y, indices), z.flatten(0, 1).to(y.dtype)).view_as(y)
+def spaced(linear: nn.Linear, x: Tensor) -> Tensor:
+    """``linear(x)``; without a graph in rows that are no power of two apart, which would share a few sets of the cache."""
+    width = linear.out_features
+    if not _plain(linear, x) or x.device.type != "cpu" or width % 256 or not x.is_contiguous():
+        return linear(x)
+    rows = x.new_empty(*x.shape[:-1], width + 16)[..., :width]
+    torch.mm(x.flatten(0, -2), linear.weight.mT, out=rows.flatten(0, -2))
+    return rows
+
+
+def add_at(y: Tensor, indices: Tensor, z: Tensor, *, into: bool = False) -> Tensor:
+    """``y`` (b, n, d) with ``z`` (b, c, d) added to its tokens ``indices`` (b, c), in its memory if ``into``."""
+    rows, z = _rows(y, indices), z.flatten(0, 1).to(y.dtype)
+    if into and y.is_contiguous():
+        y.flatten(0, 1).index_add_(0, rows, z)
+        return y
+    return y.flatten(0, 1).index_add(0, rows, z).view_as(y)
+
+
+def ours(module: nn.Module) -> bool:
+    """Whether what ``module`` returns may be written to: no graph needs it, and nobody else has it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
+        return False
+    if type(module) not in _RETURN_NEW or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return not isinstance(module, GatedFeedForward | LocalAttention) or ours(module.out)
+
+
+def _plain(linear: nn.Linear, x: Tensor) -> bool:
+    """Whether ``linear(x)`` is a product with its weight, in one dtype, that may be written anywhere."""
+    same = x.dtype == linear.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return same and ours(linear) and getattr(linear, "bias", None) is None
+
+
+# a product or a sum is the last thing they do; what they inherit or what wraps them may do something else
+_RETURN_NEW = (nn.Linear, GatedFeedForward, LocalAttention, ConditionalFeedForward, ConditionalAttention)
 
 
 def _rows(x: Tensor, indices: Tensor) -> Tensor:

@@ -345,9 +345,13 @@ class Router(nn.Module):
             ranking = ranking.masked_fill(forced, math.inf)
         if valid is not None:
             ranking = ranking.masked_fill(~valid, -math.inf)
-        chosen = choose(ranking, candidates.quota, candidates.slots)
+        quick = None if valid is not None else choose_untied(ranking, candidates.slots)
+        if quick is None:
+            chosen = choose(ranking, candidates.quota, candidates.slots)
+            indices, used = places(chosen, candidates.slots)
+        else:
+            chosen, indices, used = quick
         weights = self.routing.weigh(candidates, chosen)
-        indices, used = places(chosen, candidates.slots)
         tap("routing_scores", scores)
         return Routed(
             tap("routed", indices),
@@ -369,6 +373,21 @@ class Router(nn.Module):
         rows = self.budget.tokens(lengths)
         quota = torch.minimum(_share(slack, rows), lengths)
         return Candidates(scores, valid, forced, self.total * rows, most, quota, slots)
+
+
+def choose_untied(ranking: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """:func:`choose`, and :func:`places` of it, by one sort; None where there is a tie for the last slot.
+
+    Looks into the numbers, and so serves neither a graph of any kind nor a device that would have to be waited for.
+    """
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack()
+    if traced or ranking.device.type != "cpu" or slots == ranking.shape[-1]:
+        return None
+    best = ranking.topk(slots, -1)
+    chosen = ranking >= best.values[:, -1:]
+    if not bool((chosen.sum(-1) == slots).all()):
+        return None
+    return chosen, best.indices.sort(-1).values, torch.ones_like(best.indices, dtype=torch.bool)
 
 
 def choose(ranking: Tensor, quota: int | Tensor, slots: int) -> Tensor:
