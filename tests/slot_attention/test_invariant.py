@@ -443,6 +443,45 @@ def test_the_models_parts_fit_and_every_parameter_gets_a_gradient(frame: str, st
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def squares(count: int, seed: int) -> Tensor:
+    """Images of 12 x 12 pixels in [0, 1] with one square of red, green or blue."""
+    generator = torch.Generator().manual_seed(seed)
+    images, places = torch.zeros(count, 3, 12, 12), torch.randint(1, 8, (count, 2), generator=generator)
+    colours = torch.randint(0, 3, (count,), generator=generator)
+    for image, (row, column), colour in zip(images, places.tolist(), colours.tolist(), strict=True):
+        image[colour, row : row + 3, column : column + 3] = 1.0
+    return images
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_to_paint_a_square_wherever_it_is() -> None:
+    torch.manual_seed(1)
+    model = invariant_autoencoder(
+        image_size=(12, 12),
+        frame=Translation(),
+        num_slots=2,
+        dim=16,
+        hidden_dim=32,
+        channels=16,
+        encoder_strides=(1, 1),
+    )
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    for step in range(200):
+        images = squares(16, 1000 + step)
+        loss = F.mse_loss(model(images).reconstruction, images)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50)
+        optimiser.step()
+    images = squares(128, 1)
+    with torch.no_grad():
+        rest = F.mse_loss(model(images).reconstruction, images) / images.var(correction=0)
+    # all black leaves more than the variance
+    assert rest < 0.2
+
+
 def test_bad_input_is_refused_in_a_sentence() -> None:
     module, x = build("t"), draw(B, N, D_IN)
     refused = {
