@@ -43,8 +43,10 @@ format: $(VENV)/.dev ## put the code into the one format
 evidence: $(VENV)/.dev ## run every shared check of every system and write evidence/
 	$(RUN) -m tevo.testing.evidence
 
-docs: $(VENV)/.dev ## generate the pages of docs/
+docs: $(VENV)/.dev ## generate the pages of docs/ and build the site docs/_build/html
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(RUN) -m docs.generate
+	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/.dev ## time the cores against the plain forms and the peers
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

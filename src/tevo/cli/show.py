@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tevo.catalogue.rows import Row
 
 HELP = "equation, shapes, cost, claims, evidence, departures and source of one system"
 EXAMPLES = ("tevo show delta_net", "tevo show swiglu --json")
@@ -81,15 +84,15 @@ def main(argv: list[str]) -> int:
     section("looser tolerances", [f"{name}: {rung}, {why}" for name, (rung, why) in card.tolerances.items()])
     section("notes", [card.notes] if card.notes else [])
     section(f"evidence ({row.status})", list(evidence_lines(evidence)))
-    section(
-        "citation",
-        [
-            f"@misc{{{row.id}, title={{{row.title}}}, year={{{row.year}}}, "
-            + (f"eprint={{{row.arxiv}}}, archivePrefix={{arXiv}}}}" if row.arxiv else f"url={{{row.url}}}}}")
-        ],
-    )
+    section("citation", [citation(row)])
     section("source", [str(row.path)])
     return 0
+
+
+def citation(row: Row) -> str:
+    """The paper, for BibTeX."""
+    where = f"eprint={{{row.arxiv}}}, archivePrefix={{arXiv}}" if row.arxiv else f"url={{{row.url}}}"
+    return f"@misc{{{row.id}, title={{{row.title}}}, year={{{row.year}}}, {where}}}"
 
 
 def evidence_lines(evidence: dict[str, Any] | None) -> list[str]:
