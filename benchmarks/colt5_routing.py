@@ -34,11 +34,12 @@ from tevo.training.recipe import resolve
 
 TARGET = ROOT / "benchmarks" / "colt5_routing.json"
 PRESETS = ("lookup", "code")
-ROUTINGS = ("learned", "static", "none", "dense")
+ROUTINGS = ("learned", "static", "static, questions", "none", "dense")
 SEEDS = 3
 WORDS = {
     "learned": "soft top-k of learned scores",
     "static": "the first token of each of equal blocks",
+    "static, questions": "the questions' tokens, and the first of each of equal blocks",
     "random": "tokens drawn at random",
     "none": "no heavy branch",
     "dense": "all tokens take the heavy branch",
@@ -53,7 +54,10 @@ def cells(*, presets: Sequence[str], routings: Sequence[str], seeds: int, **chan
     for seed in range(seeds):
         for preset in presets:
             for routing in routings:
-                recipe = resolve(CoLT5Recipe, preset=preset, routing=routing, seed=seed, **changes)
+                options = (
+                    {"routing": "static", "forced": True} if routing == "static, questions" else {"routing": routing}
+                )
+                recipe = resolve(CoLT5Recipe, preset=preset, seed=seed, **options, **changes)
                 found.append({"preset": preset, "routing": routing, "seed": seed, "recipe": recipe.content()})
     return found
 

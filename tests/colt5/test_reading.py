@@ -16,8 +16,9 @@ from tevo.colt5.recipes import CoLT5Recipe
 from tevo.colt5.tasks import Code
 from tevo.colt5.tasks.code import TOKEN
 
-CODE = CoLT5Recipe(task="code", lengths=(96,), names=2000, examples=6, dim=16, light_dim=16, heavy_dim=16)
+CODE = CoLT5Recipe(task="code", lengths=(400,), questions=2, names=2000, examples=6, dim=16, light_dim=16, heavy_dim=16)
 TEXT = "# α note\nimport os\n\ndef run(self, other, key):\n\treturn other  # …\n\ndef walk(a, b):\n    pass\n"
+LINE = "def {} ( <1> , <1.2> , <1.3> ) def {} ( <2> , <2.2> , <2.3> ) \n"
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +30,12 @@ def tasks() -> dict[str, training.Curriculum]:
 def test_code_is_read_with_its_layout_and_answers_are_its_words(tasks: dict[str, training.Curriculum]) -> None:
     task = tasks["code"].last
     one = reading.read(task, "signature of run?", TEXT)
-    assert "".join(one.pieces) == "what are the parameters of the function run?\n" + TEXT
+    assert "".join(one.pieces) == LINE.format("run", "walk") + TEXT
     assert one.tokens.shape == (1, len(one.pieces))
     assert [
         piece.strip() for piece, token in zip(one.pieces, one.tokens[0].tolist(), strict=True) if token == TOKEN["def"]
-    ] == [
-        "def",
-        "def",
-    ]
-    # what follows "def run (" in the tokens, as the task solves it
+    ] == ["def"] * 4
+    # what follows "def run (" in the tokens, as the task solves it, and nothing of the other question
     assert one.say(task.solve(one.tokens)[0]) == "self, other, key"
     assert reading.read(task, "walk", TEXT).say(task.solve(reading.read(task, "walk", TEXT).tokens)[0]) == "a, b"
 
@@ -73,17 +71,21 @@ def test_the_long_text_is_a_module_that_holds_the_answer(name: str, tasks: dict[
     function = question.removeprefix("signature of ").removesuffix("?")
     assert f"def {function}({right}" in " ".join(text.split()) and 8000 < len(text.encode()) < 33000
     one = reading.read(task, question, text)
-    asked = f"what are the parameters of the function {function}?" if isinstance(task, Code) else question
-    assert "".join(one.pieces) == f"{asked}\n{text}"
+    said = "".join(one.pieces)
     if isinstance(task, Code):
+        assert said.endswith(f"\n{text}") and said.startswith(f"def {function} ( <1> , <1.2> , <1.3> ) def ")
         assert one.say(task.solve(one.tokens)[0]) == right
+    else:
+        assert said == f"{question}\n{text}"
 
 
 def test_a_question_that_code_cannot_take_is_refused_in_a_sentence(tasks: dict[str, training.Curriculum]) -> None:
     with pytest.raises(ValueError, match=r"expected 'signature of NAME\?' with the name of a function"):
         reading.read(tasks["code"].last, "what does it do?", TEXT)
-    with pytest.raises(ValueError, match="the text has no 'absent'"):
+    with pytest.raises(ValueError, match=r"the text has no 'absent' that can be asked for, expected one of run, walk$"):
         reading.read(tasks["code"].last, "absent", TEXT)
+    with pytest.raises(ValueError, match="the text has no function that can be asked for: defined once, with 2 to 3"):
+        reading.read(tasks["code"].last, "run", "def run(self, key=3): pass")
 
 
 def test_a_page_is_made_of_a_run_on_code(tmp_path: object) -> None:

@@ -72,6 +72,15 @@ def test_presets_resolve_and_read_back_equal(preset: str, tmp_path: Path) -> Non
         ({"eps": (1.0, 0.0)}, "expected numbers above 0"),
         ({"task": "modules", "facts": (3,)}, r"facts are \(3,\) for task=modules, which has none"),
         ({"compile": True}, "compile is true"),
+        ({"outlines": (8,)}, r"outlines are \(8,\) for task=lookup, which has none"),
+        ({"task": "code", "outlines": (8, 0)}, "phases do not agree: .*, outlines has 2"),
+        ({"task": "code", "told": (0.5,)}, "told is .* for task=code, which cannot tell"),
+        (
+            {"task": "modules", "forced": True},
+            "forced is true for task=modules and routing=learned, expected lookup or",
+        ),
+        ({"routing": "none", "forced": True}, "forced is true for task=lookup and routing=none"),
+        ({"looks": (-2,)}, r"looks are \(-2,\) for start=paper, which has none"),
         ({"heavy_heads": 0}, "heavy_heads is 0, expected at least 1"),
         ({"dropout": 1.0}, "dropout is 1.0, expected a share"),
     ],
@@ -84,3 +93,9 @@ def test_what_cannot_be_is_refused_in_a_sentence(options: dict[str, object], sen
 def test_recipes_need_no_torch() -> None:
     code = "import sys; import tevo.training.recipe, tevo.colt5.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_options_that_came_later_do_not_change_the_content_of_runs_without_them() -> None:
+    assert not {"outlines", "forced"} & CoLT5Recipe().content().keys()
+    assert CoLT5Recipe(forced=True, routing="static").content()["forced"] is True
+    assert CoLT5Recipe(task="code", outlines=(9,)).content()["outlines"] == (9,)

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from tevo.colt5 import training
 from tevo.colt5.recipes import CoLT5Recipe
 from tevo.objectives.next_token import IGNORED
+from tevo.taps import record
 from tevo.training.loop import evaluate
 from tevo.training.progress import Silent
 from tevo.training.recipe import resolve
@@ -52,7 +53,7 @@ def test_every_trained_number_has_a_gradient_under_every_routing(routing: str) -
     task = training.build_task(recipe)
     torch.manual_seed(0)
     model = training.build_model(recipe, task)
-    objective = training.Answers(recipe)
+    objective = training.Answers(recipe, training.build_task(recipe))
     # in the last step the share is what it will be
     objective.step.fill_(recipe.steps - 1)
     loss = objective(model, task.batch("train", 0, recipe.steps - 1, 4))
@@ -174,7 +175,7 @@ def test_sharpness_is_one_for_weights_of_zero_and_one_and_their_mean_where_flat(
 
 
 def test_the_loss_weighs_slices_by_their_scored_targets() -> None:
-    objective = training.Answers(SMALL)
+    objective = training.Answers(SMALL, training.build_task(SMALL))
     batch = {"inputs": torch.zeros(2, 3), "targets": torch.tensor([[4, 1], [1, IGNORED]])}
     assert int(objective.items(batch)) == 3
 
@@ -199,7 +200,7 @@ def test_recomputed_layers_give_the_same_loss() -> None:
     task = training.build_task(SMALL)
     torch.manual_seed(0)
     model = training.build_model(SMALL, task)
-    objective = training.Answers(SMALL)
+    objective = training.Answers(SMALL, training.build_task(SMALL))
     objective.step.fill_(5)
     batch, found = task.batch("train", 0, 5, 4), []
     for on in (False, True):
@@ -223,3 +224,21 @@ def test_a_question_of_the_user_s_becomes_an_input_as_the_task_makes_them() -> N
         training.question_tokens(words, "1 python .", "above")
     with pytest.raises(ValueError, match="the question or the text is empty"):
         training.question_tokens(words, " ", "above")
+
+
+def test_forced_questions_are_among_as_many_routed_tokens() -> None:
+    recipe = replace(SMALL, routing="static", forced=True)
+    task = training.build_task(recipe)
+    model = training.build_model(recipe, task).eval()
+    plain = training.build_model(replace(recipe, forced=False), task).eval()
+    inputs = task.batch("test", 0, 0, 3)["inputs"]
+    routed = []
+    for one in (model, plain):
+        with record() as seen, torch.no_grad():
+            one.encode(inputs)
+        routed.append(seen["routed"])
+    assert [found.shape for found in routed[0]] == [found.shape for found in routed[1]]
+    asked = torch.arange(task.asks)
+    assert task.asks == 3
+    assert all((row[:, None] == asked).any(0).all() for found in routed[0] for row in found)
+    assert not all((row[:, None] == asked).any(0).all() for found in routed[1] for row in found)

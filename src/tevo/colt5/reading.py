@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tevo.colt5.tasks import Code, LongTask, Modules
-from tevo.colt5.tasks.code import _WORD, FIRST, LEAD, QUESTION, SLOTS, TOKEN, _functions, words_of
+from tevo.colt5.tasks.code import _WORD, BEHIND, FIRST, SLOTS, TOKEN, _functions, words_of
 from tevo.colt5.tasks.modules import OFFSET
 from tevo.colt5.training import Curriculum, question_tokens
 from tevo.data.text import stdlib_corpus
@@ -58,15 +58,30 @@ def read(task: LongTask, question: str, text: str) -> Reading:
     asked = re.fullmatch(r"(?:signature of )?(\w+)\s*\??", question.strip())
     if asked is None:
         raise ValueError(f"the question is {question!r}, expected 'signature of NAME?' with the name of a function")
-    name = asked[1]
-    found = task.encode(name, text)
+    name, known = asked[1], [function for function, _ in _asked(text, task.parameters)]
+    if not known:
+        raise ValueError(
+            f"the text has no function that can be asked for: defined once, with 2 to {task.parameters} parameters, and neither "
+            "defaults, stars nor annotations among them"
+        )
+    if name not in known:
+        raise ValueError(f"the text has no {name!r} that can be asked for, expected one of {', '.join(known)}")
+    # as many as the model is used to; what they are is not shown
+    others = [other for other in known if other != name]
+    found = task.encode([name, *others[: task.questions - 1]], text)
     starts = [m.start() for m in _WORD.finditer(text) if words_of(m[0])]
     ends = [*starts[1:], len(text)]
-    pieces = [*(f"{word} " for word in LEAD), name, "?\n" + text[: starts[0]]]
+    pieces = [f"{found.words[token]} " for token in found.tokens[: task.begin].tolist()]
+    pieces[-1] += "\n" + text[: starts[0]]
     pieces += [text[a:b] for a, b in zip(starts, ends, strict=True)]
 
     def say(answer: Tensor) -> str:
-        return ", ".join(found.words.get(t, "?") for t in answer.tolist() if t >= FIRST + SLOTS)
+        tokens = answer.tolist()
+        # the first question's, up to the sign of the second
+        end = next(
+            (i for i, token in enumerate(tokens) if FIRST + SLOTS <= token < BEHIND or token < FIRST), len(tokens)
+        )
+        return ", ".join(found.words.get(token, "?") for token in tokens[:end] if token >= BEHIND)
 
     return Reading(f"signature of {name}?", found.tokens[None], pieces, say)
 
@@ -74,9 +89,9 @@ def read(task: LongTask, question: str, text: str) -> Reading:
 def long_text(task: LongTask, split: str) -> tuple[str, str, str]:
     """A held-out module of about 16 KB or, of tasks of made words, one input; a question about it, and the right answer."""
     if isinstance(task, Code):
-        files = [source for source in _sources(split) if _asked(source)]
+        files = [source for source in _sources(split) if len(_asked(source, task.parameters)) >= task.questions]
         source = min(files, key=lambda source: abs(len(source) - _LONG))
-        functions = _asked(source)
+        functions = _asked(source, task.parameters)
         name, right = functions[len(functions) // 2]
         return source, f"signature of {name}?", right
     if isinstance(task, Modules):
@@ -111,19 +126,19 @@ def held_out(task: Curriculum, split: str, count: int) -> list[Reading]:
 def _windows(task: Code, split: str, count: int) -> list[Reading]:
     """Functions of different modules, at depths spread over the windows."""
     found: list[Reading] = []
-    room = task.length - QUESTION
     for source in _sources(split):
         starts = [m.start() for m in _WORD.finditer(source) if words_of(m[0])]
         functions = [one for one in _functions(words_of(source)) if len(one[1]) <= task.parameters]
-        if len(starts) <= room or not functions or len(found) == count:
+        if len(starts) <= task.room or not functions or len(found) == count:
             continue
         at, given = functions[len(functions) // 2]
-        low, high = max(0, at + 2 * len(given) + 3 - room), min(at, len(starts) - room)
+        low, high = max(0, at + 2 * len(given) + 3 - task.room), min(at, len(starts) - task.room)
         begin = low + (high - low) * len(found) // max(count - 1, 1)
         name = words_of(source)[at + 1]
-        one = read(task, name, source[starts[begin] : starts[begin + room]])
-        targets = torch.tensor([[FIRST + slot for slot in range(len(given))]])
-        marked = task.oracle(one.tokens, targets).answer[0]
+        one = read(task, name, source[starts[begin] : starts[begin + task.room]])
+        place = task.begin + at - begin
+        marked = torch.zeros(one.tokens.shape[1], dtype=torch.bool)
+        marked[place + 3 : place + 3 + 2 * len(given) : 2] = True
         found.append(one._replace(right=", ".join(given), marked=marked))
     return found
 
@@ -133,10 +148,15 @@ def _sources(split: str) -> list[str]:
     return [(root / file).read_text(encoding="utf-8", errors="replace") for file in stdlib_corpus().files[split]]
 
 
-def _asked(source: str) -> list[tuple[str, str]]:
-    """Name and parameters of the functions that the task ``code`` would ask for."""
-    words = words_of(source)
-    return [(words[at + 1], ", ".join(given)) for at, given in _functions(words) if words[at + 1] not in TOKEN]
+def _asked(source: str, parameters: int) -> list[tuple[str, str]]:
+    """Name and parameters of the functions that the task ``code`` can ask for."""
+    # a text may end with a signature, unlike modules
+    words = [*words_of(source), *[""] * (2 * SLOTS + 3)]
+    return [
+        (words[at + 1], ", ".join(given))
+        for at, given in _functions(words)
+        if words[at + 1] not in TOKEN and len(given) <= parameters
+    ]
 
 
 def pieces_of(task: LongTask, tokens: Tensor | Sequence[int]) -> list[str]:

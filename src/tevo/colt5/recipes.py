@@ -17,6 +17,8 @@ from tevo.training.base import Recipe, option
 
 __all__ = ["PRESETS", "CoLT5Recipe", "Place"]
 
+# fields that are younger than stored runs, which are named by their recipes' content
+_LATER: dict[str, Any] = {"outlines": (), "forced": False}
 # part of a phase after which the share stays
 _ANNEALED = 0.8
 
@@ -47,18 +49,20 @@ class CoLT5Recipe(Recipe):
     ask: Literal["signature", "classes", "docstring", "changed"] = option(
         "signature", "modules: signature, classes, docstring or changed"
     )
-    questions: int = option(4, "lookup: names asked for in each input")
+    questions: int = option(4, "lookup, code: names asked for in each input")
     hops: int = option(1, "lookup: names to follow until a value is reached")
     names: int = option(64, "lookup: different names; code: tokens for names")
     values: int = option(32, "lookup: different values")
     parameters: int = option(3, "code: most parameters of a function that is asked for")
     facts: tuple[int, ...] = option((), "lookup, documents: facts or documents of an input, a number for each phase")
-    told: tuple[float, ...] = option(
-        (), "lookup, code: share of questions that say their answer, a number for each phase"
+    outlines: tuple[int, ...] = option(
+        (), "code: words kept from each def on, a number for each phase; 0 for the whole text, as in what is evaluated"
     )
+    told: tuple[float, ...] = option((), "lookup: share of questions that say their answer, a number for each phase")
     routing: Literal["learned", "static", "random", "none", "dense"] = option(
         "learned", "learned, static, random, none (no heavy branch) or dense (it takes all tokens)"
     )
+    forced: bool = option(False, "lookup, code: the questions' tokens are always among the routed ones")
     lengths: tuple[int, ...] = option((2048,), "tokens of an input, a number for each phase; the last is evaluated")
     phases: tuple[int, ...] = option((1,), "how long each phase is, as parts of the steps")
     rows: tuple[int, ...] = option((1,), "rows of a step of each phase, in batches")
@@ -75,10 +79,14 @@ class CoLT5Recipe(Recipe):
     heavy_dim: int = option(256, "width inside the feed-forward of routed tokens")
     hidden_dim: int = option(128, "width inside the decoder's feed-forward")
     tied: bool = option(False, "the head is the embedding")
-    start: Literal["paper", "mimetic"] = option(
-        "paper", "paper (T5's initial weights), or mimetic (equal tokens find each other from the first step)"
+    start: Literal["paper", "mimetic", "copying"] = option(
+        "paper",
+        "paper (T5's initial weights), mimetic (equal tokens find each other from the first step), or copying (and so do "
+        "tokens with equal neighbours, and the decoder repeats what it reads)",
     )
-    looks: tuple[int, ...] = option((-1,), "mimetic: the token at which each light head begins to look, from its own")
+    looks: tuple[int, ...] = option(
+        (-1,), "mimetic, copying: the token at which each light head begins to look, from its own"
+    )
     radius: int = option(8, "tokens that the window sees on each side")
     dropout: float = option(0.0, "share of activations dropped in training")
 
@@ -90,6 +98,7 @@ class CoLT5Recipe(Recipe):
             "rows",
             "shares",
             *(["facts"] if self.facts else []),
+            *(["outlines"] if self.outlines else []),
             *(["told"] if self.told else []),
         )
         counts = {name: len(getattr(self, name)) for name in names}
@@ -105,11 +114,18 @@ class CoLT5Recipe(Recipe):
             raise ValueError(f"eps are {self.eps}, expected numbers above 0")
         if self.facts and self.task not in ("lookup", "documents"):
             raise ValueError(f"facts are {self.facts} for task={self.task}, which has none; leave them out")
-        if self.told and self.task not in ("lookup", "code"):
+        if self.outlines and self.task != "code":
+            raise ValueError(f"outlines are {self.outlines} for task={self.task}, which has none; leave them out")
+        if self.told and self.task != "lookup":
             raise ValueError(f"told is {self.told} for task={self.task}, which cannot tell; leave it out")
+        if self.forced and (self.task not in ("lookup", "code") or self.routing in ("none", "dense")):
+            raise ValueError(
+                f"forced is true for task={self.task} and routing={self.routing}, expected lookup or code, of which some tokens "
+                "are routed; leave it out"
+            )
         if not all(0 <= told <= 1 for told in self.told):
             raise ValueError(f"told is {self.told}, expected shares from 0 to 1")
-        if self.looks != (-1,) and self.start != "mimetic":
+        if self.looks != (-1,) and self.start == "paper":
             raise ValueError(f"looks are {self.looks} for start={self.start}, which has none; leave them out")
         if len(self.looks) not in (1, self.light_heads) or any(abs(look) > self.radius for look in self.looks):
             raise ValueError(
@@ -123,6 +139,11 @@ class CoLT5Recipe(Recipe):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected a share from 0 to below 1")
+
+    def content(self) -> dict[str, Any]:
+        """Kind and fields; those of ``_LATER`` only where they are not what they were before there was a choice."""
+        content = super().content()
+        return {name: value for name, value in content.items() if name not in _LATER or value != _LATER[name]}
 
     def place(self, step: int) -> Place:
         """The phase of a step; steps past the last belong to the last phase."""
@@ -190,33 +211,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "save_every": 650,
         "threads": 2,
     },
-    # minutes on two cores: the parameters of a named function in 2,048 words of a module of the standard library
+    # minutes on a core: the parameters of four named functions in 2,048 words of a module of the standard library
     "code": {
         "task": "code",
-        "steps": 1200,
-        "batch": 2,
+        "steps": 1000,
+        "batch": 1,
         "lr": 1e-3,
-        "lengths": (40, 128, 256, 512, 2048),
-        "phases": (220, 250, 300, 230, 200),
-        "rows": (32, 8, 8, 3, 1),
-        "shares": (1.0, 1.0, 1.0, 0.125, 0.0625),
-        "told": (0.9, 0.3, 0.05, 0.0, 0.0),
+        "lengths": (80, 128, 256, 512, 2048),
+        "phases": (220, 80, 150, 250, 300),
+        "rows": (64, 32, 16, 8, 2),
+        "shares": (1.0, 1.0, 0.25, 0.125, 0.0625),
+        "outlines": (8, 10, 20, 60, 0),
         "names": 256,
         "parameters": 2,
-        "start": "mimetic",
-        "looks": (-1, 2, 4),
-        "eps": (1.0, 0.1),
-        "dim": 128,
+        "start": "copying",
+        "looks": (-2, -3, -4),
+        "eps": (1.0, 1.0),
         "light_heads": 3,
         "heavy_heads": 4,
         "heads": 4,
         "head_dim": 32,
-        "light_dim": 128,
-        "heavy_dim": 256,
-        "hidden_dim": 256,
-        "radius": 4,
-        "eval_every": 1200,
-        "save_every": 600,
+        "radius": 5,
+        "eval_every": 1000,
+        "save_every": 500,
         "threads": 2,
     },
     # 16 documents of 4 sentences among 2,048 words; one is asked for

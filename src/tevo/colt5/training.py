@@ -25,7 +25,7 @@ from tevo.colt5.layers import ConditionalLayer
 from tevo.colt5.modeling import CoLT5ForConditionalGeneration
 from tevo.colt5.recipes import CoLT5Recipe
 from tevo.colt5.routers import SoftTopK
-from tevo.colt5.start import mimetic_start
+from tevo.colt5.start import copying_start, mimetic_start
 from tevo.colt5.tasks import Code, Documents, LongTask, Lookup, Modules, Passkey
 from tevo.colt5.tasks.contract import END, PAD, WordTask
 from tevo.colt5.tasks.modules import tokens_of
@@ -82,6 +82,12 @@ class Curriculum:
         return self.last.batch("valid", 0, 0, 1)["targets"].shape[1]
 
     @property
+    def asks(self) -> int:
+        """Tokens of the questions at the beginning of an input."""
+        assert isinstance(self.last, Code | Lookup)
+        return self.last.begin
+
+    @property
     def chance(self) -> float:
         """Of the last phase."""
         return self.last.chance
@@ -117,7 +123,14 @@ def _task(recipe: CoLT5Recipe, phase: int) -> LongTask:
     facts = recipe.facts[phase] if recipe.facts else None
     told = recipe.told[phase] if recipe.told else 0.0
     if recipe.task == "code":
-        return Code(length=length, names=recipe.names, parameters=recipe.parameters, told=told, examples=examples)
+        return Code(
+            length=length,
+            questions=recipe.questions,
+            names=recipe.names,
+            parameters=recipe.parameters,
+            outline=recipe.outlines[phase] if recipe.outlines else 0,
+            examples=examples,
+        )
     if recipe.task == "modules":
         return Modules(ask=recipe.ask, length=length, examples=examples)
     if recipe.task == "passkey":
@@ -173,12 +186,13 @@ class Answerer(nn.Module):
     Args:
         model: the encoder-decoder.
         share: of the tokens that are routed in evaluation; None where nothing is routed.
+        forced: the first tokens of an input, which are always among the routed ones.
     """
 
-    def __init__(self, *, model: CoLT5ForConditionalGeneration, share: float | None) -> None:
+    def __init__(self, *, model: CoLT5ForConditionalGeneration, share: float | None, forced: int = 0) -> None:
         super().__init__()
         self.model = model
-        self.share = share
+        self.share, self.forced = share, forced
 
     @property
     def checkpoint_activations(self) -> bool:
@@ -207,7 +221,10 @@ class Answerer(nn.Module):
             self.route(self.share)
         mask = None if inputs.is_meta else inputs != PAD
         mask = None if mask is None or bool(mask.all()) else mask
-        return self.model.encoder(inputs, mask).last_hidden_state, mask
+        forced = None
+        if self.forced:
+            forced = (torch.arange(inputs.shape[1], device=inputs.device) < self.forced).expand_as(inputs)
+        return self.model.encoder(inputs, mask, forced=forced).last_hidden_state, mask
 
     def forward(self, inputs: Tensor, shown: Tensor) -> Tensor:
         """``inputs`` (b, n) and ``shown`` (b, t) give logits (b, t, V)."""
@@ -245,13 +262,14 @@ class Answers(Objective):
 
     Args:
         recipe: has the schedules.
+        task: says what is exact.
     """
 
     step: Tensor
 
-    def __init__(self, recipe: CoLT5Recipe) -> None:
+    def __init__(self, recipe: CoLT5Recipe, task: Curriculum) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.task = recipe, task
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
@@ -263,8 +281,8 @@ class Answers(Objective):
         with record() as seen:
             logits = model(batch["inputs"], batch["shown"])
         targets = batch["targets"]
-        right = (logits.argmax(-1) == targets) | (targets == IGNORED)
-        parts = {"exact_match": right.all(-1).float().mean()}
+        right, count = self.task.score(logits.detach(), targets)
+        parts = {"exact_match": (right / count).float()}
         if self.recipe.routing == "learned":
             parts["sharpness"] = sharpness(seen["routing_weights"])
         return Loss(next_token_loss(logits, targets), parts)
@@ -315,14 +333,16 @@ def build_model(recipe: CoLT5Recipe, task: Curriculum) -> Answerer:
         eos_token_id=END,
     )
     model = CoLT5ForConditionalGeneration(config)
-    if recipe.start == "mimetic":
+    if recipe.start != "paper":
         mimetic_start(model, looks=recipe.looks)
+    if recipe.start == "copying":
+        copying_start(model)
     if recipe.routing == "none":
         layers: list[Any] = list(model.encoder.layers)
         model.encoder.layers = nn.ModuleList(LightLayer(layer) for layer in layers)
         del model.encoder.heavy_bias
         return Answerer(model=model, share=None)
-    return Answerer(model=model, share=share)
+    return Answerer(model=model, share=share, forced=task.asks if recipe.forced else 0)
 
 
 class _OneToken(nn.Module):
@@ -347,7 +367,7 @@ def run(recipe: CoLT5Recipe, *, folder: Path, watch: Watch | None = None) -> Res
     return train(
         recipe,
         build=lambda: build_model(recipe, task),
-        objective=Answers(recipe),
+        objective=Answers(recipe, task),
         task=task,
         folder=folder,
         watch=watch,

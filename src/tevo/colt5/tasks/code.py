@@ -1,15 +1,18 @@
-"""Code: the parameters of a named function, in a long window of a module of the running CPython's standard library.
+"""Code: the parameters of named functions, in a long window of a module of the running CPython's standard library.
 
-    what are the parameters of the function NAME ?   import os ... def NAME ( self , other , key ) : ...
-                                                                            <1> self <2> other <3> key
+    def NAME ( <1> , <1.2> ) def OTHER ( <2> , <2.2> )   import ... def OTHER ( left , right ) ... def NAME ( self , key ) ...
+                                                                         <1> self <1.2> key <2> left <2.2> right
 
-A token is a word: a name, a number, or a sign; line ends and spaces are left out. Keywords, signs, "self" and the words of
-the question have tokens of their own. All other words of a row get tokens drawn anew for it, as entities do in the reading
+A token is a word: a name, a number, or a sign; line ends and spaces are left out. Keywords, signs and the numbers of
+the questions have tokens of their own. All other words of a row get tokens drawn anew for it, as entities do in the reading
 task of Hermann et al. (arXiv 1506.03340): nothing can be known of a function by its name, no vocabulary is needed, and an
 answer is spelled by the words that stand in the text. Functions are asked for that a module defines once, with two or three
-parameters, without defaults, stars and annotations, that no other of these functions has: what is most frequent in a text
-would need no reading. The window is drawn so that the depth of the answer is spread over it; whole packages are held out
-(:mod:`tevo.data.text`).
+parameters, without defaults, stars and annotations, that no other of these functions of the window has: what is most frequent
+in a text would need no reading. Windows are drawn alike from all that show enough of them, the functions from a window's, so
+that the depth of the answers is spread over it; whole packages are held out (:mod:`tevo.data.text`).
+
+Training may begin with outlines: the words that follow each such function's ``def``, and nothing else of the module; first
+parameters, most of which are "self", get a token drawn for each function there. What is evaluated is the untouched text.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,15 +40,15 @@ from tevo.data.text import stdlib_corpus
 __all__ = ["Code", "Encoded", "words_of"]
 
 SLOTS = 3  # parameters asked for at most
-LEAD = ("what", "are", "the", "parameters", "of", "the", "function")
-FIXED = (*sorted(keyword.kwlist), *string.punctuation, "self", *dict.fromkeys(LEAD))
-KNOWN = ("<pad>", "</s>", *(f"<{i + 1}>" for i in range(SLOTS)), *FIXED)
+MOST = 4  # questions of a row at most
+# of question i, parameter j: what stands for it in the question, and before it in the answer, as T5's sentinels do
+NUMBERS = tuple(f"<{i + 1}.{j + 1}>" if j else f"<{i + 1}>" for i in range(MOST) for j in range(SLOTS))
+FIXED = (*sorted(keyword.kwlist), *string.punctuation)
+KNOWN = ("<pad>", "</s>", *NUMBERS, *FIXED)
 FIRST = KNOWN.index("<1>")
-NAME = len(LEAD)  # place of the name in the question
+BEHIND = FIRST + len(NUMBERS)  # first token that is no number of a question
 TOKEN = {word: token for token, word in enumerate(KNOWN)}
-DEF, OPEN, CLOSE, COMMA = (TOKEN[word] for word in ("def", "(", ")", ","))
-QUESTION = NAME + 2  # tokens
-_LEAD = [TOKEN[word] for word in LEAD]
+DEF, COMMA = TOKEN["def"], TOKEN[","]
 _WORD = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
 
 
@@ -53,12 +57,13 @@ def words_of(text: str) -> list[str]:
     return [word for word in _WORD.findall(text) if word.isidentifier() or word.isdigit() or word in TOKEN]
 
 
-class Item(NamedTuple):
-    """A function: its module, the place of its ``def`` among the module's words, and its parameters."""
+class Window(NamedTuple):
+    """Windows that show the same functions: a module, their first and the first behind their last start, the functions."""
 
     module: int
-    at: int
-    parameters: tuple[str, ...]
+    begin: int
+    end: int
+    asked: tuple[tuple[int, int], ...]  # places of "def" in the module, and numbers of parameters
 
 
 class Encoded(NamedTuple):
@@ -69,147 +74,252 @@ class Encoded(NamedTuple):
 
 
 class Code(LongTask):
-    """Parameters of a named function.
+    """Parameters of named functions; each question counts by itself.
 
     Args:
-        length: words of question and window; modules with fewer are left out.
+        length: words of questions and window; modules with fewer are left out.
+        questions: functions asked for in each row, 1 to 4.
         names: tokens for words without one of their own; a row with more of them shares tokens, but none of two functions'
             names.
         parameters: most parameters of a function that is asked for, 2 or 3.
-        told: share of training rows whose question shows the parameters too: how to answer can be learned from them before
-            how to find.
-        examples: rows of each held-out split, spread over it; fewer where it has fewer.
+        outline: words kept from each such function's ``def`` on in training rows, which have no other, and whose first
+            parameters are drawn; 0 for the whole text. Held-out rows always have the whole text.
+        examples: rows of each held-out split, spread over it.
     """
 
     name = "code"
 
     def __init__(
-        self, *, length: int = 2048, names: int = 512, parameters: int = 3, told: float = 0.0, examples: int = 200
+        self,
+        *,
+        length: int = 2048,
+        questions: int = 4,
+        names: int = 512,
+        parameters: int = 3,
+        outline: int = 0,
+        examples: int = 200,
     ) -> None:
         if length < 32 or names < 32:
             raise ValueError(f"task 'code': length={length} and names={names}, expected at least 32 each")
+        if not 1 <= questions <= MOST:
+            raise ValueError(f"task 'code': questions={questions}, expected 1 to {MOST}")
         if not 2 <= parameters <= SLOTS:
             raise ValueError(f"task 'code': parameters={parameters}, expected 2 or 3")
-        if not 0 <= told <= 1:
-            raise ValueError(f"task 'code': told={told}, expected a share from 0 to 1")
-        self.length, self.names, self.parameters, self.told = length, names, parameters, told
+        if outline and outline < 2 * parameters + 3:
+            raise ValueError(
+                f"task 'code': outline={outline}, expected 0 or the {2 * parameters + 3} words of a signature at least"
+            )
+        self.length, self.questions, self.names, self.parameters = length, questions, names, parameters
+        self.outline = outline
+        self.begin = questions * (2 * parameters + 3)
+        self.room = length - self.begin
         self.corpus = stdlib_corpus()
-        self._items: dict[str, list[Item]] = {}
+        self._windows: dict[str, tuple[list[Window], Rows]] = {}
         self._modules: dict[str, list[tuple[list[str], Rows]]] = {}
-        rows = min(examples, *(len(self.items(split)) for split in HELD_OUT))
-        if rows < 1:
-            raise ValueError(f"task 'code': no held-out module has length={length} words; make it shorter")
-        self._chosen = {split: np.arange(rows) * len(self.items(split)) // rows for split in HELD_OUT}
-        common = Counter(self.items("valid")[i].parameters for i in self._chosen["valid"])
         super().__init__(
             vocab=len(KNOWN) + names,
             length=length,
-            examples=rows,
+            examples=examples,
             chance=0.0,
-            baselines={"one answer for all": max(common.values()) / rows},
-            draws=3 + names,
+            baselines=self._guesses(),
+            draws=1 + questions + names,
             facts={
                 "length": length,
+                "questions": questions,
                 "names": names,
                 "parameters": parameters,
-                "told": told,
-                "examples": rows,
+                "outline": outline,
+                "examples": examples,
                 "corpus": self.corpus.facts(),
             },
         )
 
-    def items(self, split: str) -> list[Item]:
-        """All functions of a split, in an order that mixes modules; read when first asked for."""
-        if split not in self._items:
-            found: list[Item] = []
-            modules: list[tuple[list[str], Rows]] = []
+    def windows(self, split: str) -> tuple[list[Window], Rows]:
+        """All windows of a split that show enough functions, and how many starts there are up to the end of each.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if split not in self._windows:
+            found: list[Window] = []
+            self._modules[split] = []
             for table, places, functions in _modules(split):
-                if len(places) >= self.length - QUESTION:
-                    found += [Item(len(modules), at, given) for at, given in functions if len(given) <= self.parameters]
-                    modules.append((table, places))
-            order = shuffled(np.random.Philox(0).random_raw(len(found))[None])[0] if found else []
-            self._modules[split], self._items[split] = modules, [found[i] for i in order]
-        return self._items[split]
+                few = [(at, given) for at, given in functions if len(given) <= self.parameters]
+                if self.outline and split == "train":
+                    places, few = _outlined(places, few, self.outline)
+                found += [Window(len(self._modules[split]), *one) for one in self._shows(len(places), few)]
+                self._modules[split].append((table, places))
+            self._windows[split] = found, np.cumsum([window.end - window.begin for window in found])
+        windows, ends = self._windows[split]
+        if not windows:
+            raise ValueError(
+                f"task 'code': no module has length={self.length} words with questions={self.questions} functions among them; "
+                "make it shorter, or ask for fewer"
+            )
+        return windows, ends
+
+    def _guesses(self) -> dict[str, float]:
+        try:
+            windows, ends = self.windows("valid")
+        except ValueError:
+            # as in a phase whose inputs hold the questions and outlines only
+            return {}
+        starts = np.diff(ends, prepend=0)
+        return {"any function that could be asked for": float(sum(starts / [len(w.asked) for w in windows]) / ends[-1])}
+
+    def _shows(
+        self, words: int, functions: Sequence[tuple[int, tuple[str, ...]]]
+    ) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+        """Stretches of starts of windows of a module, and the functions that can be asked for in each."""
+        last = words - self.room + 1
+        spans = [(max(0, at + 2 * len(given) + 3 - self.room), at + 1, at, given) for at, given in functions]
+        cuts = sorted({0, *(cut for low, high, _, _ in spans for cut in (low, high))})
+        for begin, end in pairwise([*(cut for cut in cuts if cut < last), max(last, 0)]):
+            seen = [(at, given) for low, high, at, given in spans if low <= begin < high]
+            often = Counter(given for _, given in seen)
+            asked = tuple((at, len(given)) for at, given in seen if often[given] == 1)
+            if len(asked) >= self.questions:
+                yield begin, end, asked
 
     def make(self, split: str, first: int, raw: Draws) -> tuple[Rows, Rows]:
-        """Question and window; numbered parameters and the end sign."""
-        items = self.items(split)
+        """Questions and window; numbered parameters and the end sign."""
+        windows, ends = self.windows(split)
         inputs = np.full((len(raw), self.length), PAD, dtype=np.int64)
-        targets = np.full((len(raw), 2 * SLOTS + 1), IGNORED, dtype=np.int64)
-        which = self._chosen[split][first : first + len(raw)] if split in HELD_OUT else below(raw[:, 0], len(items))
-        told = ((raw[:, 2] >> np.uint64(11)) * 2.0**-53 < self.told) & (split == "train")
-        for row, i in enumerate(which):
-            item = items[i]
-            table, places = self._modules[split][item.module]
-            shown = 2 * len(item.parameters) + 1 if told[row] else 0
-            room = self.length - QUESTION - shown
-            low = max(0, item.at + 2 * len(item.parameters) + 3 - room)
-            high = max(low, min(item.at, len(places) - room))
-            start = low + int(below(raw[row, 1:2], high - low + 1)[0])
-            window, at = places[start : start + room], item.at - start
-            tokens, _ = self._tokens(table, window, raw[row, 3:])
-            answer = tokens[at + 3 : at + 3 + 2 * len(item.parameters) : 2]
-            line = np.concatenate([_LEAD, tokens[at + 1 : at + 2 + shown], [TOKEN["?"]], tokens])
-            inputs[row, : len(line)] = line
-            targets[row, : 2 * len(answer)] = np.stack([FIRST + np.arange(len(answer)), answer], 1).ravel()
-            targets[row, 2 * len(answer)] = END
+        targets = np.full((len(raw), 2 * self.parameters * self.questions + 1), IGNORED, dtype=np.int64)
+        total, q = int(ends[-1]), self.questions
+        if split in HELD_OUT:
+            order = shuffled(np.random.Philox(0).random_raw(self.examples)[None])[0]
+            starts = order[first : first + len(raw)] * total // self.examples
+        else:
+            starts = below(raw[:, 0], total)
+        for row, where in enumerate(starts):
+            which = int(np.searchsorted(ends, where, side="right"))
+            window = windows[which]
+            start = window.end - int(ends[which] - where)
+            table, places = self._modules[split][window.module]
+            tokens, _ = self._tokens(table, places[start : start + self.room], raw[row, 1 + q :])
+            if self.outline and split == "train":
+                # "self" so often that it could be learned to answer it, whatever is asked
+                free = len(KNOWN) + shuffled(raw[row : row + 1, 1 + q :])[0]
+                tokens[[at - start + 3 for at, _ in window.asked]] = free[
+                    -1 - np.arange(len(window.asked)) % self.names
+                ]
+            pool, line, answer = list(window.asked), [], []
+            for i in range(q):
+                at, count = pool.pop(int(below(raw[row : row + 1, 1 + i], len(pool))[0]))
+                given = tokens[at - start + 3 : at - start + 3 + 2 * count : 2].tolist()
+                line += self._question(i, int(tokens[at - start + 1]))
+                for j, parameter in enumerate(given):
+                    answer += [FIRST + SLOTS * i + j, parameter]
+            inputs[row] = [*line, *tokens]
+            targets[row, : len(answer) + 1] = [*answer, END]
         return inputs, targets
+
+    def _question(self, i: int, name: int) -> list[int]:
+        """Tokens of question ``i``."""
+        line = [DEF, name, TOKEN["("]]
+        for j in range(self.parameters):
+            line += [FIRST + SLOTS * i + j, COMMA]
+        return [*line[:-1], TOKEN[")"]]
 
     def _tokens(self, table: Sequence[str], window: Rows, raw: Draws) -> tuple[Rows, dict[int, str]]:
         """Tokens of ``window``, which are places in ``table``, and what they mean; names are drawn by ``raw`` (names,)."""
         present, back = np.unique(window, return_inverse=True)
         words = [table[i] for i in present]
-        defined = {table[i] for i in window[1:][_is(table, window[:-1], "def")]}
         free = len(KNOWN) + shuffled(raw[None])[0]
-        # functions first, so that they share no token unless there are more than tokens
-        order = sorted((i for i, word in enumerate(words) if word not in TOKEN), key=lambda i: words[i] not in defined)
+        # functions first, then what stands behind them, so that those share no token unless there are more than tokens
+        defs, behind = np.flatnonzero(_is(table, window, "def")), np.full(len(table), len(window))
+        for far in reversed(range(1, 3 + 2 * SLOTS)):
+            behind[window[defs[defs < len(window) - far] + far]] = far
+        order = sorted((i for i, word in enumerate(words) if word not in TOKEN), key=lambda i: behind[present[i]])
         own = np.array([TOKEN.get(word, PAD) for word in words], dtype=np.int64)
         own[order] = free[np.arange(len(order)) % self.names]
         return own[back], {
             int(own[i]): words[i] for i in [*reversed(order), *np.flatnonzero(own < len(KNOWN)).tolist()]
         }
 
-    def encode(self, name: str, text: str) -> Encoded:
-        """A question about ``text``, of any length, as an input.
+    def encode(self, names: Sequence[str], text: str) -> Encoded:
+        """Questions about ``text``, of any length, as an input; where they are fewer than the task's, the last is repeated.
 
         Raises:
-            ValueError: ``name`` is no word of the text.
+            ValueError: a name is no word of the text, or there are more than the task has questions.
         """
         words = words_of(text)
-        if name not in words:
-            raise ValueError(f"the text has no {name!r}, expected the name of a function that it defines")
+        for name in names:
+            if name not in words:
+                raise ValueError(f"the text has no {name!r}, expected the name of a function that it defines")
+        if not 1 <= len(names) <= self.questions:
+            raise ValueError(f"there are {len(names)} names, expected 1 to questions={self.questions}")
         table, places = np.unique(words, return_inverse=True)
         tokens, meaning = self._tokens(
             table.tolist(), places.astype(np.int64), np.random.Philox(0).random_raw(self.names)
         )
-        line = [*_LEAD, int(tokens[words.index(name)]), TOKEN["?"], *tokens.tolist()]
+        line = []
+        for i in range(self.questions):
+            line += self._question(i, int(tokens[words.index(names[min(i, len(names) - 1)])]))
         known = dict(enumerate(KNOWN))
-        return Encoded(torch.tensor(line), {**known, **meaning})
+        return Encoded(torch.tensor([*line, *tokens.tolist()]), {**known, **meaning})
 
-    def _told(self, inputs: Tensor) -> Tensor:
-        """(b,): the place of the ``def`` of the function that is asked for."""
-        same = (inputs[:, :-1] == DEF) & (inputs[:, 1:] == inputs[:, NAME : NAME + 1])
+    def _defined(self, inputs: Tensor) -> Tensor:
+        """(b, q): the place of the ``def`` of each function that is asked for."""
+        asked = inputs[:, 1 : self.begin : 2 * self.parameters + 3]
+        same = (inputs[:, None, :-1] == DEF) & (inputs[:, None, 1:] == asked[:, :, None])
+        # the question itself says it too
+        same[..., : self.begin] = False
         return same.int().argmax(-1)
 
     def solve(self, inputs: Tensor) -> Tensor:
-        """What stands behind ``def NAME (``, numbered, up to the bracket's end."""
-        at = self._told(inputs)[:, None]
-        found = torch.full((len(inputs), 2 * SLOTS + 1), END)
-        # behind the last word there is nothing to follow
-        given = inputs.gather(1, (at + torch.arange(3, 3 + 2 * SLOTS)).clamp(max=inputs.shape[1] - 1))
-        going = torch.ones(len(inputs), dtype=torch.bool)
-        for slot in range(SLOTS):
-            found[going, 2 * slot], found[going, 2 * slot + 1] = FIRST + slot, given[going, 2 * slot]
-            going = going & (given[:, 2 * slot + 1] == COMMA)
+        """What stands behind each ``def NAME (``, numbered, up to the bracket's end."""
+        found = torch.full((len(inputs), 2 * self.parameters * self.questions + 1), END)
+        for row, places in enumerate(self._defined(inputs).tolist()):
+            answer = []
+            for i, at in enumerate(places):
+                for j in range(self.parameters):
+                    answer += [FIRST + SLOTS * i + j, int(inputs[row, at + 3 + 2 * j])]
+                    if inputs[row, at + 4 + 2 * j] != COMMA:
+                        break
+            found[row, : len(answer)] = torch.tensor(answer)
         return found
 
+    def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Questions whose parameters are all right, and no more than there are; and questions."""
+        wrong = ((logits.argmax(-1) != targets) | logits.isnan().any(-1)) & (targets != IGNORED)
+        opens = (targets[..., None] == torch.arange(FIRST, BEHIND, SLOTS, device=targets.device)).any(-1)
+        # the sign behind a question's last parameter says that there is no other
+        question = (opens.long().cumsum(-1) - opens.long()).clamp(min=1)
+        missed = wrong.new_zeros(len(targets), MOST + 1, dtype=torch.long).scatter_add_(1, question, wrong.long()) > 0
+        count = opens.sum()
+        return (count - missed.sum()).double(), count.double()
+
     def oracle(self, inputs: Tensor, targets: Tensor) -> Oracle:
-        """The question; ``def``, name and parameters; the parameters."""
-        place, at = torch.arange(inputs.shape[1])[None], self._told(inputs)[:, None]
-        slots = (targets == FIRST + torch.arange(SLOTS)[:, None, None]).any(-1).sum(0)[:, None]  # b 1
-        behind = place - at
+        """The questions; ``def``, name and parameters of each; the parameters."""
+        place, at = torch.arange(inputs.shape[1]), self._defined(inputs)[..., None]  # b q 1
+        slots = torch.stack(
+            [(targets >= i) & (targets < i + SLOTS) for i in range(FIRST, FIRST + SLOTS * self.questions, SLOTS)], 1
+        ).sum(-1, keepdim=True)
+        behind = place - at  # b q n
         answer = (behind >= 3) & (behind < 3 + 2 * slots) & (behind % 2 == 1)
-        return Oracle((place < QUESTION).expand_as(answer), (behind >= 0) & (behind < 3 + 2 * slots), answer)
+        evidence = (behind >= 0) & (behind < 3 + 2 * slots)
+        return Oracle((place < self.begin).expand_as(inputs), evidence.any(1), answer.any(1))
+
+    def text(self, tokens: Sequence[int] | Tensor) -> str:
+        """Its words; those whose tokens are drawn are numbered."""
+        return " ".join(
+            KNOWN[int(token)] if token < len(KNOWN) else f"w{int(token) - len(KNOWN)}"
+            for token in tokens
+            if int(token) not in (PAD, END)
+        )
+
+
+def _outlined(
+    places: Rows, functions: Sequence[tuple[int, tuple[str, ...]]], outline: int
+) -> tuple[Rows, list[tuple[int, tuple[str, ...]]]]:
+    """The words from each ``def`` of ``functions`` on, ``outline`` of them, and where the functions are then."""
+    kept = np.zeros(len(places), dtype=np.bool_)
+    for at, _ in functions:
+        kept[at : at + outline] = True
+    now = np.cumsum(kept) - 1
+    return places[kept], [(int(now[at]), given) for at, given in functions]
 
 
 def _is(table: Sequence[str], places: Rows, word: str) -> npt.NDArray[np.bool_]:
@@ -226,8 +336,7 @@ def _modules(split: str) -> list[tuple[list[str], Rows, list[tuple[int, tuple[st
         if words:
             table, places = np.unique(words, return_inverse=True)
             functions = list(_functions(words))
-            often = Counter(given for _, given in functions)
-            found.append((table.tolist(), places.astype(np.int64), [one for one in functions if often[one[1]] == 1]))
+            found.append((table.tolist(), places.astype(np.int64), functions))
     return found
 
 
