@@ -12,6 +12,7 @@ _PUBLIC = {
     "FeatureFile": "features",
     "GumbelSoftmax": "competition",
     "Implicit": "gradient",
+    "InvariantSlotAttention": "invariant",
     "JointSoftmax": "competition",
     "LearnedQueries": "init",
     "LearnedSum": "aggregation",
@@ -59,6 +60,7 @@ __all__ = [
     "FeatureFile",
     "GumbelSoftmax",
     "Implicit",
+    "InvariantSlotAttention",
     "JointSoftmax",
     "LearnedQueries",
     "LearnedSum",
@@ -113,6 +115,7 @@ if TYPE_CHECKING:
     from tevo.slot_attention.gradient import BiLevel, Implicit, Truncated, Unrolled
     from tevo.slot_attention.hub import from_pretrained, save_pretrained
     from tevo.slot_attention.init import Background, LearnedQueries, SharedGaussian, UnitGaussian
+    from tevo.slot_attention.invariant import InvariantSlotAttention
     from tevo.slot_attention.matching import hungarian_huber
     from tevo.slot_attention.metrics import (
         ari,
