@@ -151,13 +151,17 @@ def page(stored: Mapping[str, Any]) -> str:
             continue
         recipe = recipe_of(rows[0])
         routed = ", ".join(f"{100 * share:.4g} %" for share in recipe.shares)
+        guesses = ", ".join(f"{name} {100 * value:.2g} %" for name, value in rows[0]["baselines"].items())
+        # names of a look-up have to be right together
+        counted_alone = f", each of {recipe.questions} questions that count by themselves" if preset == "code" else ""
         lines += [
             "",
             f"## {preset.capitalize()}",
             "",
             f"Inputs of {recipe.lengths[-1]:,} tokens after phases of {', '.join(map(str, recipe.lengths))}; {recipe.steps} "
             f"steps in all; routed share at the ends of the phases: {routed}; {recipe.layers} layers of width {recipe.dim}, "
-            f"{rows[0]['parameters']:,} parameters; {rows[0]['rows']} test inputs; chance {100 * rows[0]['chance']:.2g} %.",
+            f"{rows[0]['parameters']:,} parameters; {rows[0]['rows']} test inputs{counted_alone}; chance "
+            f"{100 * rows[0]['chance']:.2g} %; {guesses}.",
             "",
             "| routing | what it is | seeds | exact match, % | learned minus it | learned is | FLOPs of a text | minutes |",
             "|---|---|---|---|---|---|---|---|",

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from tests.colt5.test_reading import CODE
 from tests.colt5.test_training import BYTES, SMALL
 
 from tevo.cli import main
@@ -54,6 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "static": replace(small, routing="static"),
         "none": replace(small, routing="none"),
         "bytes": replace(BYTES, **few),
+        "code": replace(CODE, **few),
     }
     for name, recipe in recipes.items():
         assert training.run(recipe, folder=home / name).finished
@@ -101,6 +103,19 @@ def test_a_file_and_a_question_of_the_user_s_are_shown_whole(
     assert "tokens read and answered in" in capsys.readouterr().out
 
 
+def test_the_parameters_of_a_function_of_the_user_s_are_asked_for(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(HUMAN)
+    asked = ["--text", str(tmp_path / "own.py"), "--question", "second"]
+    argv = ["demo", "colt5", "--run", str(home / "code"), *asked, "--no-cost", "--out", str(tmp_path / "page.html")]
+    assert main(argv) == 0
+    page = (tmp_path / "page.html").read_text()
+    shown = re.sub(r"<[^>]+>", "", page.split('<div class="text">')[1].split("</div>")[0])
+    assert shown.startswith("def second ( &lt;1&gt; , ") and shown.endswith(HUMAN[-20:])
+    assert "tokens read and answered in" in capsys.readouterr().out
+
+
 def test_the_default_text_of_a_module_holds_the_answer_to_its_question(home: Path) -> None:
     _, task, _, _ = training.open_run(home / "bytes")
     text, question, answer = reading.long_text(task.last, "test")
@@ -137,6 +152,14 @@ def test_the_shipped_runs_are_what_the_record_is_about() -> None:
         ),
         (["--out", "no/such/page.html"], "--out no/such/page.html: the folder"),
         (["--run", "bytes", "--text", "own.py"], "--text needs a --question about it, such as 'signature of"),
+        (
+            ["--run", "code", "--text", "own.py", "--question", "third"],
+            "the text has no 'third' that can be asked for, expected one of first, second",
+        ),
+        (
+            ["--run", "code", "--text", "bare.py", "--question", "signature of first?"],
+            "the text has no function that can be asked for: defined once, with 2 or 3 parameters",
+        ),
         (["--run", "learned", "--static-run", "bytes"], "bytes was trained on another task than learned"),
         (["--run", "learned", "--question", "2 baben ."], "the word '2' is none of the"),
         (["--sed", "1"], "unknown option '--sed'"),
@@ -151,6 +174,7 @@ def test_a_mistake_gets_one_sentence(
 ) -> None:
     monkeypatch.chdir(home)
     (home / "own.py").write_text(HUMAN)
+    (home / "bare.py").write_text("first = 1\n")
     assert main(["demo", "colt5", "--no-cost", *argv]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1 and sentence in err[0]

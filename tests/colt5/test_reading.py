@@ -84,7 +84,7 @@ def test_a_question_that_code_cannot_take_is_refused_in_a_sentence(tasks: dict[s
         reading.read(tasks["code"].last, "what does it do?", TEXT)
     with pytest.raises(ValueError, match=r"the text has no 'absent' that can be asked for, expected one of run, walk$"):
         reading.read(tasks["code"].last, "absent", TEXT)
-    with pytest.raises(ValueError, match="the text has no function that can be asked for: defined once, with 2 to 3"):
+    with pytest.raises(ValueError, match="the text has no function that can be asked for: defined once, with 2 or 3"):
         reading.read(tasks["code"].last, "run", "def run(self, key=3): pass")
 
 

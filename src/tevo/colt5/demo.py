@@ -208,6 +208,7 @@ def _record(record: Mapping[str, Any] | None, recipe: CoLT5Recipe) -> dict[str, 
     lines = {name: 100 * value for name, value in {"chance": kept[0]["chance"], **kept[0]["baselines"]}.items()}
     return {
         "rows": kept[0]["rows"],
+        "questions": recipe.questions if recipe.task == "code" else None,
         "command": record["command"],
         "dots": charts.dots(groups, lines=lines, title="exact match in % of every seed"),
         "curves": charts.lines(series, label="step", title="exact match over training", ours="learned"),

@@ -22,6 +22,8 @@ from tevo.data.text import stdlib_corpus
 
 __all__ = ["Reading", "held_out", "long_text", "pieces_of", "read"]
 
+# functions that are named to choose from
+_NAMED = 10
 # bytes of a long text, about
 _LONG = 16384
 
@@ -60,13 +62,15 @@ def read(task: LongTask, question: str, text: str) -> Reading:
         raise ValueError(f"the question is {question!r}, expected 'signature of NAME?' with the name of a function")
     name, known = asked[1], [function for function, _ in _asked(text, task.parameters)]
     if not known:
+        counts = " or ".join(map(str, range(2, task.parameters + 1)))
         raise ValueError(
-            f"the text has no function that can be asked for: defined once, with 2 to {task.parameters} parameters, and neither "
-            "defaults, stars nor annotations among them"
+            f"the text has no function that can be asked for: defined once, with {counts} parameters, and neither defaults, "
+            "stars nor annotations among them"
         )
     if name not in known:
-        raise ValueError(f"the text has no {name!r} that can be asked for, expected one of {', '.join(known)}")
-    # as many as the model is used to; what they are is not shown
+        some = ", ".join(known[:_NAMED]) + (", ..." if len(known) > _NAMED else "")
+        raise ValueError(f"the text has no {name!r} that can be asked for, expected one of {some}")
+    # the model is used to so many questions
     others = [other for other in known if other != name]
     found = task.encode([name, *others[: task.questions - 1]], text)
     starts = [m.start() for m in _WORD.finditer(text) if words_of(m[0])]

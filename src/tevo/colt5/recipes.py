@@ -271,4 +271,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # what `tevo demo colt5` shows
-PRESETS["demo"] = PRESETS["lookup"]
+PRESETS["demo"] = PRESETS["code"]
