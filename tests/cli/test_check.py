@@ -89,6 +89,7 @@ def test_options_are_written_with_the_part(mine: str) -> None:
         (["{mine}:Leaky", "--group", "X"], "unknown group 'X'; groups are A interface"),
         (["{mine}:Leaky", "--casual"], "tevo check has no option --casual (did you mean '--causal'?)"),
         (["softmax", "--causal"], "--causal says something of a part of yours, but softmax is of the catalogue"),
+        (["softmax", "--workers", "0"], "--workers is 0, expected at least 1"),
         (["sofmax"], "unknown part 'sofmax' (did you mean 'softmax'"),
         (["no_such*"], "no present system matches 'no_such*'"),
     ],
@@ -120,6 +121,22 @@ def test_a_system_of_the_catalogue_is_checked_once_per_source(
     assert [outcome["parts"][0]["stored"] for outcome in outcomes] == [False, True, False]
     assert len({outcome["total"]["cases"] for outcome in outcomes}) == 1
     assert outcomes[0]["total"]["inputs"] > outcomes[0]["total"]["cases"] > 0
+
+
+@pytest.mark.slow
+def test_several_systems_at_a_time_give_what_one_after_the_other_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = []
+    for workers in ("2", "1"):
+        assert main(["check", "*_norm", "--group", "A", "--fresh", "--json", "--workers", workers]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    parts = [
+        [(part["part"], [(r["check"], r["cases"]) for r in part["results"]]) for part in f["parts"]] for f in found
+    ]
+    assert parts[0] == parts[1] and len(parts[0]) > 3
+    assert found[0]["total"]["cases"] == found[1]["total"]["cases"]
 
 
 def test_explain_says_of_every_check_what_it_asks_and_why(capsys: pytest.CaptureFixture[str]) -> None:

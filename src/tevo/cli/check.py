@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--full", action="store_true", help="all groups")
     parser.add_argument("--explain", action="store_true", help="what each check asks and why, and stop")
     parser.add_argument("--fresh", action="store_true", help="ours: again, even if this very source was checked before")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="ours: systems checked at a time [1]")
     parser.add_argument("--json", action="store_true", help="as JSON")
     for option, word in CLAIMED.items():
         parser.add_argument(f"--{option}", action="store_true", help=f"yours {CLAIMS[word].split(';')[0]}")
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> int:
         return _explain(groups)
     if not options.parts:
         raise ValueError("tevo check needs a part: an id, a pattern, or file.py:Class; see `tevo check --help`")
+    if options.workers < 1:
+        raise ValueError(f"--workers is {options.workers}, expected at least 1")
     start = time.perf_counter()
     found = [report for part in options.parts for report in _reports(part, groups, options)]
     return _show(found, time.perf_counter() - start, as_json=options.json)
@@ -91,7 +94,28 @@ def _reports(part: str, groups: str, options: Namespace) -> list[Report]:
     told += [f"--{name}" for name in ("role", "dim", "heads") if getattr(options, name) is not None]
     if told:
         raise ValueError(f"{told[0]} says something of a part of yours, but {part} is of the catalogue and has a card")
-    return [_of_house(row, groups, options) for row in _rows(part)]
+    rows = _rows(part)
+    if options.workers == 1 or len(rows) == 1:
+        return [_of_house(row, groups, options) for row in rows]
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    # not forked: torch's threads do not survive that
+    with ProcessPoolExecutor(options.workers, get_context("spawn"), initializer=_one_thread) as pool:
+        return list(pool.map(_by_id, [row.id for row in rows], [groups] * len(rows), [options] * len(rows)))
+
+
+def _one_thread() -> None:
+    """Workers share the cores; two threads each would fight for them."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _by_id(name: str, groups: str, options: Namespace) -> Report:
+    from tevo.catalogue.rows import rows
+
+    return _of_house(rows()[name], groups, options)
 
 
 def _of_user(part: str, groups: str, claims: list[str], options: Namespace) -> Report:
