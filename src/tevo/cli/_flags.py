@@ -62,13 +62,15 @@ def describe(*classes: type[Any]) -> str:
 def refuse_others(options: Any, kind: str, kinds: Iterable[str], *, folder: str) -> None:
     """Refuse flags that were given for another kind of run: a flag is for one if its help begins with its name.
 
+    What is for colt5 is for colt5-finetune too.
+
     Raises:
         ValueError: naming the first.
     """
     for one in fields(options):
         of, colon, _ = one.metadata["help"].partition(": ")
         value = getattr(options, one.name)
-        if colon and of in kinds and of != kind and value != one.default:
+        if colon and of in kinds and of not in (kind, kind.partition("-")[0]) and value != one.default:
             raise ValueError(f"{folder} is no run of {of}, and has no use for {one.name}={value!r}; leave it out")
 
 

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     # a folder that is no run is refused by each of them
     kind = read(stored).kind if stored.is_file() else "lm"
     programs = {"lm": _language_model, "slots": _slots, "colt5": _colt5}
+    programs |= {"colt5-pretrain": _text, "colt5-finetune": _text}
     refuse_others(options, kind, programs, folder=folder)
     return programs[kind](folder, options)
 
@@ -86,11 +87,8 @@ def _colt5(folder: str, options: Options) -> int:
     from tevo.colt5.training import open_run
     from tevo.training.loop import evaluate
 
-    if not all(1e-6 <= share <= 1 for share in options.shares):
-        raise ValueError(f"shares are {options.shares}, expected numbers from 1e-6 to 1")
     recipe, task, model, step = open_run(Path(folder))
-    if options.shares and model.share is None:
-        raise ValueError(f"{folder} has no heavy branch, and no use for shares={options.shares}")
+    _check_shares(folder, options, heavy=model.share is not None)
     model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
     found: dict[str, float] = {}
     for share in options.shares or (model.share,):
@@ -116,6 +114,42 @@ def _colt5(folder: str, options: Options) -> int:
     for name, value in found.items():
         print(f"exact match {100 * value:.1f} % of {task.examples} on {options.split}, routed share {name}")
     return 0
+
+
+def _text(folder: str, options: Options) -> int:
+    import torch
+
+    from tevo.colt5.records import Records
+    from tevo.colt5.text_training import generated, restore
+    from tevo.training.loop import evaluate
+
+    recipe, task, model, step = restore(Path(folder))
+    _check_shares(folder, options, heavy=model.share is not None)
+    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    found: dict[str, dict[str, float]] = {}
+    for share in options.shares or (model.share,):
+        model.share = share
+        one = {task.metric: evaluate(model, task, split=options.split, batch=recipe.batch)}
+        if isinstance(task, Records):
+            one |= generated(model, task, split=options.split, batch=recipe.batch)
+        found["none" if share is None else f"{share:.4g}"] = one
+    if options.json:
+        score = next(iter(found.values()))[task.metric]
+        numbers = {"run": folder, "step": step, "split": options.split, "metric": task.metric, "score": score}
+        print(json.dumps({**numbers, "shares": found, "chance": task.chance, "rows": task.examples}))
+        return 0
+    print(f"{recipe.kind}, {task.examples} rows of {options.split} after {step} steps; chance {task.chance:.4f} bits")
+    for name, one in found.items():
+        said = "".join(f", {what} {value:.1f} %" for what, value in one.items() if what != task.metric)
+        print(f"{task.metric} {one[task.metric]:.4f} (lower is better){said}, routed share {name}")
+    return 0
+
+
+def _check_shares(folder: str, options: Options, *, heavy: bool) -> None:
+    if not all(1e-6 <= share <= 1 for share in options.shares):
+        raise ValueError(f"shares are {options.shares}, expected numbers from 1e-6 to 1")
+    if options.shares and not heavy:
+        raise ValueError(f"{folder} has no heavy branch, and no use for shares={options.shares}")
 
 
 def _slots(folder: str, options: Options) -> int:

@@ -45,7 +45,12 @@ def main(argv: list[str]) -> int:
     # a folder that is no run is refused by each of them
     kind = read(stored).kind if stored.is_file() else "lm"
     refuse_others(options, kind, RECIPES, folder=folder)
-    print(_answered(Path(folder), options) if kind == "colt5" else _continued(Path(folder), options))
+    if kind == "colt5-pretrain":
+        raise ValueError(
+            f"{folder} was pre-trained to fill in what is missing; fine-tune it first, as tevo train --help says"
+        )
+    said = {"colt5": _answered, "colt5-finetune": _answered_from_text}.get(kind, _continued)
+    print(said(Path(folder), options))
     return 0
 
 
@@ -68,14 +73,30 @@ def _continued(folder: Path, options: Options) -> str:
     return bytes(out[0].tolist()).decode("utf-8", errors="replace")
 
 
-def _answered(folder: Path, options: Options) -> str:
+def _answered_from_text(folder: Path, options: Options) -> str:
+    from tevo.colt5.records import Records
+    from tevo.colt5.text_training import restore
+
+    text = _text(folder, options)
+    _, task, model, _ = restore(folder)
+    assert isinstance(task, Records)
+    # the question first, as records have it
+    tokens = model.eval().answer(task.encode(f"{options.question}\n{text}"), most=options.tokens)
+    return task.tokens.text(tokens[0])
+
+
+def _text(folder: Path, options: Options) -> str:
     if not options.input or not options.question:
         raise ValueError(f"{folder} answers questions; give --input FILE and --question, as in `{EXAMPLES[1]}`")
+    return Path(options.input).read_bytes().decode("utf-8", errors="replace")
+
+
+def _answered(folder: Path, options: Options) -> str:
+    text = _text(folder, options)
 
     from tevo.colt5.reading import read as read_text
     from tevo.colt5.training import open_run
 
-    text = Path(options.input).read_bytes().decode("utf-8", errors="replace")
     _, task, model, _ = open_run(folder)
     reading = read_text(task.last, options.question, text)
     return reading.say(model.answer(reading.tokens, most=options.tokens)[0])

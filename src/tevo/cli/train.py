@@ -46,9 +46,11 @@ def main(argv: list[str]) -> int:
     start = resolve(cls, preset=sources.preset, file=None if sources.recipe is None else Path(sources.recipe))
     recipe = parse(cls, rest, default=start, verb="train")
     # so that the run can be evaluated and resumed from anywhere
-    given = {name: getattr(recipe, name, "") for name in ("data", "test_data")}
+    given = {name: getattr(recipe, name, "") for name in ("data", "test_data", "tokens", "from_run")}
     paths: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in given.items() if path}
     recipe = replace(recipe, **paths)
+    if "from_run" in paths:
+        recipe = _program(recipe).complete(recipe)
     folder = Path(sources.run) if sources.run is not None else Path("runs") / run_name(recipe)
     if sources.dry_run:
         return _dry_run(recipe, folder)
@@ -82,6 +84,7 @@ def run_name(recipe: Recipe) -> str:
 def _program(recipe: Recipe) -> Any:
     """The module that builds and trains what such recipes describe."""
     programs = {"lm": "tevo.training.lm", "slots": "tevo.slot_attention.training", "colt5": "tevo.colt5.training"}
+    programs |= dict.fromkeys(("colt5-pretrain", "colt5-finetune"), "tevo.colt5.text_training")
     return import_module(programs[recipe.kind])
 
 

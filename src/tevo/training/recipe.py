@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 from tevo.catalogue.rows import suggest
 from tevo.colt5.recipes import PRESETS as COLT5_PRESETS
 from tevo.colt5.recipes import CoLT5Recipe
+from tevo.colt5.text_recipes import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneRecipe, PretrainRecipe
 from tevo.slot_attention.recipes import PRESETS as SLOT_PRESETS
 from tevo.slot_attention.recipes import SlotRecipe
 from tevo.training.base import Recipe, circumstances, option
@@ -69,7 +70,9 @@ class LanguageModelRecipe(Recipe):
             )
 
 
-RECIPES: dict[str, type[Recipe]] = {cls.kind: cls for cls in (LanguageModelRecipe, SlotRecipe, CoLT5Recipe)}
+RECIPES: dict[str, type[Recipe]] = {
+    cls.kind: cls for cls in (LanguageModelRecipe, SlotRecipe, CoLT5Recipe, PretrainRecipe, FinetuneRecipe)
+}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "lm": {
@@ -78,6 +81,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "slots": SLOT_PRESETS,
     "colt5": COLT5_PRESETS,
+    "colt5-pretrain": PRETRAIN_PRESETS,
+    "colt5-finetune": FINETUNE_PRESETS,
 }
 
 
