@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from tevo.functional import soft_topk as module
 from tevo.functional.soft_topk import Iterations, Solver, soft_topk
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "colt5"
@@ -22,6 +23,12 @@ SCHEDULES = {
     "scaled": Iterations(steps=6, eps_start=2.0, eps_decay=0.6),
     "scaled from zero": Iterations(steps=5, eps_start=3.0, eps_decay=0.3, from_zero=True),
 }
+
+
+@pytest.fixture(autouse=True, params=[0, module.SMALL], ids=["any", "large"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # every claim holds for both forms of the exact solver, whatever the size
+    monkeypatch.setattr(module, "SMALL", request.param)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -152,6 +159,18 @@ def test_equals_the_best_of_all_subsets(k: float, eps: float, solver: Solver) ->
         torch.testing.assert_close(
             soft_topk(s, k, eps=eps, solver=solver), best_of_all_subsets(s, k, eps), rtol=0, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("k", [0.5, 7.0, 40.3])
+def test_a_few_steps_equal_the_sorted_form_and_decline_what_needs_more(k: float) -> None:
+    s = randn(5, 200)
+    found = module._few_steps(s, k, 1.0)
+    assert found is not None
+    torch.testing.assert_close(found, module.sorted_form(s, k, 1.0, top=math.ceil(k)), rtol=1e-12, atol=1e-14)
+    assert module._few_steps(s, 199.9, 1.0) is None
+    assert module._few_steps(s, k, 0.02) is None
+    s[2, 3] = -math.inf
+    assert module._few_steps(s, k, 1.0) is None
 
 
 def test_a_small_eps_gives_the_hard_choice() -> None:

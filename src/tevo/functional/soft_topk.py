@@ -9,7 +9,8 @@ With s sorted downwards and y = exp(s / eps),
 
 because the quotient grows with j for as long as y_j exp(a / eps) > 1: the best j counts the entries at 1 ("taken"; the
 others are "free"). So only the ceil(k) largest scores need sorting. *Newton* finds the set without sorting: assume all
-free, take those with x > 1, repeat. By the implicit function theorem, over the free entries, with p = x / sum of free x:
+free, take those with x > 1, repeat. Where a few of its steps are enough, on many scores that spread little beside eps, the
+exact solver takes them instead. By the implicit function theorem, over the free entries, with p = x / sum of free x:
 
     ds = x (g - <p, g>) / eps,    dk = <p, g>,    deps = -<ds, log x>                                      (4)
 
@@ -41,6 +42,13 @@ __all__ = ["Iterations", "Solver", "soft_topk"]
 # exp of this, times as many terms as a row may have, is finite in single precision; an entry so far above the ceil(k)-th
 # is taken, however far it is
 _FAR = 60.0
+# scores below which calls from Python take longer than sorting
+SMALL = 2**14
+# the greatest less the mean score, in units of eps, up to which few of Newton's steps are enough; steps after which sorting
+# is no slower; the least share of the greatest term that loses no digits of single precision
+_LITTLE = 6.0
+_FEW = 5
+_SMALLEST = 1e-25
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def soft_topk(
         solve = _newton_rows
     else:
         greatest = math.ceil(k) if not isinstance(k, Tensor) else at_most or math.ceil(float(k.detach().max()))
-        solve = partial(sorted_form, top=min(max(greatest, 1), n))
+        solve = partial(_exact, top=min(max(greatest, 1), n))
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (s, k_row, eps_row)):
         return _SoftTopk.apply(s, k_row, eps_row, solve).to(scores.dtype)
     # a call through autograd takes as long as a third of the operations on a short row
@@ -183,6 +191,37 @@ def _below_one(dtype: torch.dtype) -> float:
 def _all(s: Tensor, k: float | Tensor, eps: float | Tensor) -> Tensor:
     """For k >= n: 1 wherever there is a score."""
     return (s > -math.inf).to(s.dtype)
+
+
+def _exact(s: Tensor, k: float | Tensor, eps: float | Tensor, *, top: int) -> Tensor:
+    """Newton's steps where a few of them are enough, otherwise equation (3)."""
+    # which of both looks into the numbers
+    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack()
+    looks = s.numel() >= SMALL and s.device.type == "cpu" and not traced
+    found = _few_steps(s, k, eps) if looks else None
+    return sorted_form(s, k, eps, top=top) if found is None else found
+
+
+def _few_steps(s: Tensor, k: float | Tensor, eps: float | Tensor) -> Tensor | None:
+    """Newton's steps with one exponential for all, where scores spread little beside eps; None where they do not."""
+    ref = s.amax(-1, keepdim=True)
+    # minus infinity spreads without limit
+    if not bool((ref - s.mean(-1, keepdim=True) <= _LITTLE * eps).all()):
+        return None
+    y = (s - ref).div_(_like(eps, s)).exp_()
+    tau = y.sum(-1, keepdim=True).to(_wide(s)) / k
+    taken = torch.zeros_like(tau, dtype=torch.long)
+    for _ in range(_FEW):
+        over = y > tau.to(s.dtype)
+        before, taken = taken, over.sum(-1, keepdim=True)
+        if bool((taken == before).all()):
+            # smaller quotients would stand on terms that may have been rounded to nothing; 0 / 0 is no answer either
+            if not bool((tau > _SMALLEST).all()):
+                return None
+            return y.div_(tau.to(s.dtype)).clamp_(max=_below_one(s.dtype)).masked_fill_(over, 1.0)
+        # a number less a whole one would be of single precision
+        tau = y.masked_fill(over, 0.0).sum(-1, keepdim=True).to(tau.dtype) / (k - taken.to(tau.dtype))
+    return None
 
 
 def sorted_form(s: Tensor, k: float | Tensor, eps: float | Tensor, *, top: int) -> Tensor:
