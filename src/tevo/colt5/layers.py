@@ -597,7 +597,8 @@ def ours(module: nn.Module) -> bool:
 
 def _plain(linear: nn.Linear, x: Tensor) -> bool:
     """Whether ``linear(x)`` is a product with its weight, in one dtype, that may be written anywhere."""
-    same = x.dtype == linear.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    # autocast knows no meta device
+    same = x.dtype == linear.weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
     return same and ours(linear) and getattr(linear, "bias", None) is None
 
 
