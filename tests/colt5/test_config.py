@@ -87,6 +87,10 @@ def test_the_notes_form_has_its_router_and_global_tokens() -> None:
         ({"routing": "static", "eps": 0.1}, "does not have; leave it out"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"global_tokens": -1}, "global_tokens=-1"),
+        ({"light_kv_heads": 3}, "light_kv_heads=3, expected a divisor of light_heads=4"),
+        ({"rotary": 0.0}, "rotary=0.0 and head_dim=64, expected a base above 0"),
+        ({"rotary": 100.0, "head_dim": 5}, "an even head_dim"),
+        ({"global_tokens": 1, "qk_norm": True}, "has no rotary, qk_norm or kv_heads; leave these out"),
         ({"lyers": 3}, "did you mean 'layers'"),
     ],
 )

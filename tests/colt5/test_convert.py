@@ -101,6 +101,7 @@ def test_new_hidden_units_can_learn() -> None:
         ({"heavy_heads": 1}, "expected 3 together"),
         ({"heavy_dim": 5}, "heavy_dim=5, expected at most 11"),
         ({"tie_word_embeddings": True}, "expected False and None"),
+        ({"qk_norm": True}, "'qk_norm': True.*, which T5's attention does not have"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:

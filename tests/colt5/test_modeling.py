@@ -20,8 +20,16 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from tevo import record
 from tevo.colt5.config import CoLT5Config
-from tevo.colt5.layers import by_document
+from tevo.colt5.layers import (
+    ConditionalAttention,
+    ConditionalFeedForward,
+    ConditionalLayer,
+    NormedTurn,
+    by_document,
+)
 from tevo.colt5.modeling import CoLT5EncoderModel, CoLT5ForConditionalGeneration, CoLT5Model
+from tevo.colt5.routers import Router
+from tevo.positions.rope import RoPE
 from tevo.positions.t5_bias import bucket
 
 
@@ -406,6 +414,61 @@ def test_the_encoder_is_exported() -> None:
         program = torch.export.export(encoder, (_ids(), _padded()))
         found = program.module()(_ids(seed=5), _padded())
         torch.testing.assert_close(found.last_hidden_state, encoder(_ids(seed=5), _padded()).last_hidden_state)
+
+
+MODERN = {"rotary": 50.0, "qk_norm": True, "light_heads": 2, "light_kv_heads": 1, "heavy_kv_heads": 1, "head_dim": 4}
+
+
+@pytest.mark.parametrize("changes", [MODERN, {"rotary": 50.0, "head_dim": 4}, {"qk_norm": True}, {"heavy_kv_heads": 1}])
+def test_an_encoder_of_rotary_normalised_or_grouped_heads_equals_its_layers_put_together(
+    changes: dict[str, object],
+) -> None:
+    encoder, c = _model(**changes).encoder, _config(**changes)
+    for p in encoder.parameters():
+        # gains of norms too, so that each matters
+        nn.init.normal_(p, std=0.5, generator=torch.Generator().manual_seed(p.numel()))
+    tables = {"light_bias": None, "heavy_bias": None}
+    if c.rotary is None:
+        tables = {"light_bias": encoder.light_bias, "heavy_bias": encoder.heavy_bias}
+    x = encoder.embed_tokens(_ids())
+    mask = _padded().bool()
+    for own in encoder.layers:
+        m, q, v = (Router(dim=12, budget=budget) for budget in c.budgets())
+        then = None if c.rotary is None else RoPE(base=50.0)
+        turns = [NormedTurn(head_dim=c.head_dim, then=then) if c.qk_norm else then for _ in range(2)]
+        attention = ConditionalAttention(
+            dim=12,
+            light_heads=c.light_heads,
+            heavy_heads=c.heavy_heads,
+            head_dim=c.head_dim,
+            radius=4,
+            q_router=q,
+            kv_router=v,
+            **tables,
+            light_kv_heads=c.light_kv_heads,
+            heavy_kv_heads=c.heavy_kv_heads,
+            light_turn=turns[0],
+            heavy_turn=turns[1],
+        )
+        feed_forward = ConditionalFeedForward(dim=12, light_dim=7, heavy_dim=33, router=m)
+        layer = ConditionalLayer(dim=12, attention=attention, feed_forward=feed_forward).double().eval()
+        missing, strange = layer.load_state_dict(own.state_dict(), strict=False)
+        assert not strange and all(name.endswith("bias.table") for name in missing)
+        x = layer(x, mask=mask)
+    wanted = encoder.norm(x)
+    found = encoder(_ids(), _padded()).last_hidden_state
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert ("light_bias.table" in encoder.state_dict()) == (c.rotary is None)
+
+
+def test_a_modern_model_is_saved_and_generates(tmp_path: Path) -> None:
+    model = _model(**MODERN)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float64)
+    tokens = [
+        one.generate(_ids(), attention_mask=_padded(), max_new_tokens=5, do_sample=False) for one in (model, again)
+    ]
+    assert torch.equal(*tokens)
 
 
 def test_the_example_generates_the_same_tokens_after_saving(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
         m: share of tokens that take the heavy feed-forward.
         q: share of tokens that are queries of heavy attention; by default m.
         v: share of tokens that are its keys and values; by default 2 m.
+        rotary: base of rotary positions in both branches of the encoder (:class:`tevo.positions.rope.RoPE`), in place of its
+            tables of distances; None for the tables, as in the paper.
+        qk_norm: whether the encoder's queries and keys are normalised (:class:`tevo.colt5.layers.NormedTurn`).
+        light_kv_heads: key/value heads of light attention, a divisor of ``light_heads``; by default as many.
+        heavy_kv_heads: those of heavy attention.
         global_tokens: None for the paper's attention; a number for that of the source note (see :meth:`note`), in which so
             many of the first tokens see and are seen by all.
         routing: how scores choose tokens and become weights, a name of ``routers.ROUTINGS``.
@@ -88,6 +93,10 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
         m: Share = 1 / 16,
         q: Share | None = None,
         v: Share | None = None,
+        rotary: float | None = None,
+        qk_norm: bool = False,
+        light_kv_heads: int | None = None,
+        heavy_kv_heads: int | None = None,
         global_tokens: int | None = None,
         routing: str = "soft_topk",
         eps: float | None = None,
@@ -109,6 +118,8 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
         self.light_dim, self.heavy_dim, self.hidden_dim = light_dim, heavy_dim, hidden_dim
         self.radius, self.buckets, self.max_distance = radius, buckets, max_distance
         self.m, self.q, self.v = m, q, v
+        self.rotary, self.qk_norm = rotary, qk_norm
+        self.light_kv_heads, self.heavy_kv_heads = light_kv_heads, heavy_kv_heads
         self.global_tokens, self.routing, self.eps = global_tokens, routing, eps
         self.slack, self.total = slack, total
         self.dropout, self.norm_eps, self.use_cache = dropout, norm_eps, use_cache
@@ -175,9 +186,23 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
                 raise ValueError(
                     f"CoLT5Config got {name}={getattr(self, name)!r}, expected a whole number of at least 1"
                 )
-        if self.heads % self.cross_kv_heads:
+        for name, of in (
+            ("cross_kv_heads", "heads"),
+            ("light_kv_heads", "light_heads"),
+            ("heavy_kv_heads", "heavy_heads"),
+        ):
+            kv_heads, heads = getattr(self, name), getattr(self, of)
+            if kv_heads is not None and (type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads):
+                raise ValueError(f"CoLT5Config got {name}={kv_heads!r}, expected a divisor of {of}={heads}")
+        if self.rotary is not None and (not self.rotary > 0 or self.head_dim % 2):
             raise ValueError(
-                f"CoLT5Config got cross_kv_heads={self.cross_kv_heads}, expected a divisor of heads={self.heads}"
+                f"CoLT5Config got rotary={self.rotary} and head_dim={self.head_dim}, expected a base above 0 and an even head_dim"
+            )
+        others = (self.rotary, self.qk_norm or None, self.light_kv_heads, self.heavy_kv_heads)
+        if self.global_tokens is not None and any(other is not None for other in others):
+            raise ValueError(
+                f"CoLT5Config got global_tokens={self.global_tokens}, whose attention has no rotary, qk_norm or kv_heads; "
+                "leave these out"
             )
         if self.routing not in ROUTINGS:
             raise ValueError(f"CoLT5Config got routing={self.routing!r}, expected one of {', '.join(ROUTINGS)}")

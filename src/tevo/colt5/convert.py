@@ -137,6 +137,9 @@ def _check(given: object, config: CoLT5Config) -> None:
             f"upcycle got a config with tie_word_embeddings={config.tie_word_embeddings}, "
             f"global_tokens={config.global_tokens}; expected False and None"
         )
+    modern = {name: getattr(config, name) for name in ("rotary", "qk_norm", "light_kv_heads", "heavy_kv_heads")}
+    if any(value not in (None, False) for value in modern.values()):
+        raise ValueError(f"upcycle got a config with {modern}, which T5's attention does not have; leave these out")
     same = {
         "vocab_size": "vocab_size",
         "dim": "d_model",

@@ -1,7 +1,7 @@
 """What CoLT5 costs in FLOPs, by component and exactly, beside a dense encoder and LongT5 of the same width.
 
     light feed-forward   3 n d f          heavy feed-forward   3 m d f'                                   (1)
-    light projections    4 n d h e        heavy projections    2 (q + v) d h' e                           (2)
+    light projections    2 n d (h + g) e  heavy projections    2 d (q h' + v g') e                        (2)
     light attention      2 n w h e        heavy attention      2 q v h' e        routers   3 n d          (3)
     T5     3 n d f + 4 n d h e + 2 n^2 h e                                                                (4)
     LongT5 3 n d f + 4 n d h e + 2 n w h e + 2 G d h e + 2 n G h e,   G = n / 16                          (5)
@@ -10,7 +10,8 @@ multiply-adds of one encoder layer, unrounded; the FLOPs returned here are twice
 is 2 r + 1 keys in the paper. A blocked computation reads more of them, see :func:`computed_window`: with its w, (1) to (3)
 are the FLOPs counted on meta tensors. In training 9/8 as many tokens are routed.
 
-Letters: n input tokens, m q v routed ones, f hidden width, h heads (primes: of the heavy branch), e width of a head, r radius.
+Letters: n input tokens, m q v routed ones, f hidden width, h heads and g of them with keys and values
+of their own (primes: of the heavy branch), e width of a head, r radius.
 Source: CoLT5 (arXiv 2303.09752), tables 1 and 2, which round and drop the window.
 """
 
@@ -46,11 +47,12 @@ def encoder_flops(config: CoLT5Config, n: int, *, window: float | None = None) -
     c, w = config, _window(config, window)
     m, q, v = (budget.tokens(n) for budget in c.budgets())
     light, heavy = c.light_heads * c.head_dim, c.heavy_heads * c.head_dim
+    light_kv, heavy_kv = c.light_kv_heads or c.light_heads, c.heavy_kv_heads or c.heavy_heads
     return {
         "light feed-forward": 2 * 3 * n * c.dim * c.light_dim,
         "heavy feed-forward": 2 * 3 * m * c.dim * c.heavy_dim,
-        "light projections": 2 * 4 * n * c.dim * light,
-        "heavy projections": 2 * 2 * (q + v) * c.dim * heavy,
+        "light projections": 2 * 2 * n * c.dim * (light + light_kv * c.head_dim),
+        "heavy projections": 2 * 2 * c.dim * (q * heavy + v * heavy_kv * c.head_dim),
         "light attention": round(2 * 2 * n * w * light),
         "heavy attention": 2 * 2 * q * v * heavy,
         "routers": 2 * 3 * n * c.dim,

@@ -38,13 +38,16 @@ from tevo.colt5.layers import (
     ConditionalFeedForward,
     ConditionalLayer,
     GatedFeedForward,
+    NormedTurn,
     RelativeBias,
 )
 from tevo.colt5.note import NoteAttention
 from tevo.colt5.routers import Budget, Router
+from tevo.contracts import Position
 from tevo.functional.attention import attention
 from tevo.mixers.softmax.multi_head import merge_heads, split_heads
 from tevo.norms.rms_norm import RMSNorm
+from tevo.positions.rope import RoPE
 from tevo.taps import sealed, tap
 
 __all__ = ["CoLT5EncoderModel", "CoLT5ForConditionalGeneration", "CoLT5Model", "CoLT5PreTrainedModel"]
@@ -153,7 +156,7 @@ class Encoder(nn.Module):
         self.config = config
         buckets, most = config.buckets, config.max_distance
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        if config.global_tokens is None:
+        if config.global_tokens is None and config.rotary is None:
             self.light_bias = RelativeBias(heads=config.light_heads, buckets=buckets, max_distance=most)
             self.heavy_bias = RelativeBias(heads=config.heavy_heads, buckets=buckets, max_distance=most)
         self.layers = nn.ModuleList(self._layer() for _ in range(config.layers))
@@ -188,6 +191,7 @@ class Encoder(nn.Module):
                 q_router=q,
                 kv_router=v,
             )
+        tables = (None, None) if c.rotary is not None else (self.light_bias, self.heavy_bias)
         made = ConditionalAttention(
             dim=c.dim,
             light_heads=c.light_heads,
@@ -196,10 +200,14 @@ class Encoder(nn.Module):
             radius=c.radius,
             q_router=q,
             kv_router=v,
-            light_bias=self.light_bias,
-            heavy_bias=self.heavy_bias,
+            light_bias=tables[0],
+            heavy_bias=tables[1],
+            light_kv_heads=c.light_kv_heads,
+            heavy_kv_heads=c.heavy_kv_heads,
+            light_turn=_turn(c),
+            heavy_turn=_turn(c),
         )
-        for branch, table in ((made.light, self.light_bias), (made.heavy, self.heavy_bias)):
+        for branch, table in zip((made.light, made.heavy), tables, strict=True):
             # the tables are the encoder's, so that a checkpoint has them once, whatever the number of layers
             del branch.bias
             object.__setattr__(branch, "bias", table)
@@ -268,6 +276,12 @@ class Encoder(nn.Module):
             for value in values:
                 tap(name, value)
         return y
+
+
+def _turn(config: CoLT5Config) -> Position | None:
+    """What is done to queries and keys of one branch of a layer."""
+    rotary = None if config.rotary is None else RoPE(base=config.rotary)
+    return NormedTurn(head_dim=config.head_dim, eps=config.norm_eps, then=rotary) if config.qk_norm else rotary
 
 
 class Decoder(nn.Module):
