@@ -5,8 +5,9 @@ python -m benchmarks.colt5_routing --collect                 store what is finis
 python -m benchmarks.colt5_routing --presets lookup --seeds 3 --routings learned static
 
 Learned and static routing take equally many tokens, and differ in the routers' own products alone (2 d FLOPs a token each);
-*none* has no heavy branch, and in *dense* it takes all tokens. Several processes may work on one grid at once, also from
-several machines that share the folder; what is killed goes on from its last checkpoint.
+*static, questions* always takes the questions, and as many in all; *none* has no heavy branch, and in *dense* it takes all
+tokens. Several processes may work on one grid at once, also from several machines that share the folder; what is killed goes
+on from its last checkpoint.
 """
 
 from __future__ import annotations
