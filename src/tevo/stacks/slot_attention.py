@@ -35,12 +35,9 @@ CARD = Card(
     exports={"slot_attention": "SlotResampler"},
     cost="n",
     flops=(
-        "iterations * num_slots * (12 * (slot_dim or d) ** 2 + 4 * (slot_dim or d) * hidden_dim) "
-        "+ 2 * (slot_dim or d) ** 2 * (n if n <= 512 else iterations * num_slots) "
-        "+ (4 * iterations * num_slots * d * (n + (slot_dim or d)) "
-        "if n >= 2048 and iterations * num_slots * d * (n + (slot_dim or d)) "
-        "<= n * (slot_dim or d) * (d + iterations * num_slots) "
-        "else 4 * n * (slot_dim or d) * (d + iterations * num_slots))"
+        "(lambda w, rows, enough: rows * (6 * w**2 + 4 * w * hidden_dim) "
+        "+ (8 * w**2 * d + 4 * rows * d * (n + 2 * w) if rows * d * (enough + w) <= enough * w * (d + rows) "
+        "else 8 * w**2 * rows + 4 * n * w * (d + rows)))(slot_dim or d, iterations * num_slots, max(n, 2048))"
     ),
     parameters="(lambda w: 2 * d * (w + 1) + 7 * w * w + 13 * w + hidden_dim * (2 * w + 1))(slot_dim or d)",
     memory="n",
@@ -61,7 +58,7 @@ CARD = Card(
     ),
     notes=(
         "The output has one vector of width slot_dim for each slot, of which a head takes the mean. Permuting the inputs "
-        "changes nothing: give them positions. Above 2048 tokens keys and values are never made where that takes fewer FLOPs."
+        "changes nothing: give them positions. Keys and values are never made where that takes fewer FLOPs for 2048 tokens."
     ),
 )
 
