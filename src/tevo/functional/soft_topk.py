@@ -208,7 +208,7 @@ def _few_steps(s: Tensor, k: float | Tensor, eps: float | Tensor) -> Tensor | No
     # minus infinity spreads without limit
     if not bool((ref - s.mean(-1, keepdim=True) <= _LITTLE * eps).all()):
         return None
-    y = (s - ref).div_(_like(eps, s)).exp_()
+    y = _over(s - ref, _like(eps, s)).exp_()
     tau = y.sum(-1, keepdim=True).to(_wide(s)) / k
     taken = torch.zeros_like(tau, dtype=torch.long)
     for _ in range(_FEW):
@@ -232,19 +232,23 @@ def sorted_form(s: Tensor, k: float | Tensor, eps: float | Tensor, *, top: int) 
     ref = v[..., -1:] if isinstance(k, float) else _at(v, k.ceil().long() - 1)
     ref = ref.clamp(min=torch.finfo(s.dtype).min)
     # not in place: vmap has no rule for that
-    x = (s - ref).div_(_like(eps, s)).exp_().scatter(-1, places, 0.0)
+    x = _over(s - ref, _like(eps, s)).exp_().scatter(-1, places, 0.0)
     wide = _wide(s)
-    y = (v.to(wide) - ref).div_(eps).clamp(max=_FAR).exp_()
+    y = _over(v.to(wide) - ref, eps).clamp_(max=_FAR).exp_()
     # rest[i], sum over the tail and the i smallest of y, is added from the small end
     rest = torch.cat([x.sum(-1, keepdim=True), y.flip(-1)], -1).cumsum(-1)
-    spare = torch.arange(top + 1, dtype=wide, device=s.device) + (k - top)
     # the addend makes 0 / 0 infinite: with nothing left, not even by rounding, all of k are taken
-    scale = ((spare + torch.finfo(wide).tiny) / rest).amax(-1, keepdim=True)  # (eq. 3)
+    spare = torch.arange(top + 1, dtype=wide, device=s.device) + (k - top)
     # infinite ones must not meet y = 0; no free entry has more than 1
-    scale = scale.clamp(0.0, 2.0)
+    scale = (spare.add_(torch.finfo(wide).tiny) / rest).amax(-1, keepdim=True).clamp_(0.0, 2.0)  # (eq. 3)
     tops, below = y * scale, _below_one(s.dtype)
     tops = torch.where(tops > 1, 1.0, tops.clamp(max=below))
     return x.mul_(scale.to(s.dtype).clamp(max=below)).scatter(-1, places, tops.to(s.dtype))
+
+
+def _over(x: Tensor, eps: float | Tensor) -> Tensor:
+    """``x`` / eps in its own memory; by the paper's eps of 1 there is nothing to divide."""
+    return x if isinstance(eps, float) and eps == 1.0 else x.div_(eps)
 
 
 def _at(v: Tensor, place: Tensor) -> Tensor:
