@@ -234,13 +234,13 @@ def sorted_form(s: Tensor, k: float | Tensor, eps: float | Tensor, *, top: int) 
     # not in place: vmap has no rule for that
     x = _over(s - ref, _like(eps, s)).exp_().scatter(-1, places, 0.0)
     wide = _wide(s)
-    y = _over(v.to(wide) - ref, eps).clamp_(max=_FAR).exp_()
+    y = _over(v.to(wide) - ref, eps).clamp(max=_FAR).exp_()
     # rest[i], sum over the tail and the i smallest of y, is added from the small end
     rest = torch.cat([x.sum(-1, keepdim=True), y.flip(-1)], -1).cumsum(-1)
     # the addend makes 0 / 0 infinite: with nothing left, not even by rounding, all of k are taken
     spare = torch.arange(top + 1, dtype=wide, device=s.device) + (k - top)
     # infinite ones must not meet y = 0; no free entry has more than 1
-    scale = (spare.add_(torch.finfo(wide).tiny) / rest).amax(-1, keepdim=True).clamp_(0.0, 2.0)  # (eq. 3)
+    scale = (spare.add_(torch.finfo(wide).tiny) / rest).amax(-1, keepdim=True).clamp(0.0, 2.0)  # (eq. 3)
     tops, below = y * scale, _below_one(s.dtype)
     tops = torch.where(tops > 1, 1.0, tops.clamp(max=below))
     return x.mul_(scale.to(s.dtype).clamp(max=below)).scatter(-1, places, tops.to(s.dtype))
