@@ -416,6 +416,25 @@ def test_the_encoder_is_exported() -> None:
         torch.testing.assert_close(found.last_hidden_state, encoder(_ids(seed=5), _padded()).last_hidden_state)
 
 
+@pytest.mark.slow
+def test_one_exported_encoder_takes_inputs_of_any_length_in_a_range() -> None:
+    torch.manual_seed(0)
+    encoder = CoLT5EncoderModel(_config()).eval()
+    # lengths that the window covers, and those from 8,192 on, need a program of their own
+    n = torch.export.Dim("n", min=40, max=8191)
+    with torch.no_grad():
+        program = torch.export.export(
+            encoder,
+            (_ids(n=101), _padded(101, 90)),
+            dynamic_shapes=({1: n}, {1: n}),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        ).module()
+        for length in (40, 128, 333):
+            ids, mask = _ids(n=length, seed=5), _padded(length, 31)
+            found, wanted = program(ids, mask), encoder(ids, mask)
+            torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
 MODERN = {"rotary": 50.0, "qk_norm": True, "light_heads": 2, "light_kv_heads": 1, "heavy_kv_heads": 1, "head_dim": 4}
 
 
