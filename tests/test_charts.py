@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -65,3 +66,13 @@ def test_curves_that_end_together_have_names_apart() -> None:
     ]
     assert len(rows) == 2 and abs(rows[0] - rows[1]) >= 13
     assert CHARTS["lines"].count("var(--us)") == 1
+
+
+def test_a_number_is_short_and_never_in_powers_of_ten() -> None:
+    assert [charts.short(x) for x in (3004.2, 101.4, 40.42, 0.01234)] == ["3,004", "101", "40.4", "0.0123"]
+
+
+def test_names_of_curves_that_end_at_zero_keep_apart_above_the_axis() -> None:
+    picture = charts.lines({name: [(0, 1.0), (9, 0.0)] for name in "abc"}, label="step", title="three")
+    rows = sorted(float(row) for row in re.findall(r'y="([\d.]+)"[^>]*>[abc] 0.00<', picture))
+    assert len(rows) == 3 and rows[-1] <= 204 and all(b - a >= 13 for a, b in pairwise(rows))

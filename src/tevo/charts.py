@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-__all__ = ["Bar", "Group", "bars", "curve", "dots", "lengths", "lines"]
+__all__ = ["Bar", "Group", "bars", "curve", "dots", "lengths", "lines", "short"]
 
 _ROW, _LEFT, _RIGHT = 26, 262, 670
 
@@ -28,6 +28,11 @@ class Group(NamedTuple):
     label: str
     values: Sequence[float]
     ours: bool
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def curve(points: Sequence[tuple[int, float]], *, label: str, mark: int | None, marked: str) -> str:
@@ -87,7 +92,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, ti
         title: what is shown.
         ours: the curve that has our colour.
     """
-    width, height, left, top, right, bottom = 460, 240, 46, 14, 118, 40
+    width, height, left, top, right, bottom = 490, 240, 46, 14, 148, 40
     points = [point for curve in series.values() for point in curve]
     low, high = min(x for x, _ in points), max(x for x, _ in points)
     greatest = max(1.0, *(y for _, y in points))
@@ -103,16 +108,21 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, ti
         parts.append(_text(left - 6, row + 4, f"{greatest * i / 5:.3g}", "end", "dim"))
     for x in dict.fromkeys((low, high)):
         parts.append(_text(at(x, 0)[0], height - bottom + 17, f"{x:g}", "middle", "dim"))
-    # names keep apart where curves end together
-    last = -math.inf
-    for name, curve in sorted(series.items(), key=lambda one: -one[1][-1][1]):
+    falling = sorted(series.items(), key=lambda one: -one[1][-1][1])
+    # names keep apart where curves end together, and off the axis
+    rows = [at(*curve[-1])[1] + 4 for _, curve in falling]
+    for i in range(1, len(rows)):
+        rows[i] = max(rows[i], rows[i - 1] + 13)
+    below = height - bottom + 4.0
+    for i in reversed(range(len(rows))):
+        rows[i] = below = min(rows[i], below)
+        below -= 13
+    for (name, curve), row in zip(falling, rows, strict=True):
         colour = "var(--us)" if name == ours else "var(--them)"
         path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in curve)
         dash = "" if name == ours else f' stroke-dasharray="{4 + 3 * list(series).index(name)} 3"'
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-        column, row = at(*curve[-1])
-        last = max(row + 4, last + 13)
-        parts.append(_text(column + 6, last, f"{name} {curve[-1][1]:.2f}"))
+        parts.append(_text(at(*curve[-1])[0] + 6, row, f"{name} {curve[-1][1]:.2f}"))
     parts.append(_text((left + width - right) / 2, height - 6, label, "middle"))
     return _svg(width, height, parts, title)
 

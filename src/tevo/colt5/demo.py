@@ -174,7 +174,7 @@ def _cost(live: Mapping[str, Any] | None) -> dict[str, Any] | None:
             charts.Bar(
                 name.split(" (")[0].split(",")[0],
                 live["forms"][name][what] / ours,
-                f"{live['forms'][name][what] * scale:,.3g} {unit}, {live['forms'][name][what] / ours:.1f} x",
+                f"{charts.short(live['forms'][name][what] * scale)} {unit}, {live['forms'][name][what] / ours:.1f} x",
                 name == names[0],
             )
             for name in names

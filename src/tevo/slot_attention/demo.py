@@ -345,7 +345,7 @@ def _cost(live: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> d
         for name, numbers in ({} if live is None else live["forms"]).items():
             value = numbers.get(what)
             if value is not None and ours is not None:
-                text = f"{value * scale:,.3g} {unit}, {value / ours:.2f} x"
+                text = f"{charts.short(value * scale)} {unit}, {value / ours:.2f} x"
                 rows.append(charts.Bar(_LABELS.get(name, name), value / ours, text, name in ("auto", "lean")))
         for name, numbers in ({} if stored is None else stored["peers"]).items():
             ratio = numbers.get(what)
