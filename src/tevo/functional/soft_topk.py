@@ -197,8 +197,7 @@ def _all(s: Tensor, k: float | Tensor, eps: float | Tensor) -> Tensor:
 def _exact(s: Tensor, k: float | Tensor, eps: float | Tensor, *, top: int) -> Tensor:
     """Newton's steps where a few of them are enough, otherwise equation (3)."""
     # which of both looks into the numbers
-    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack()
-    looks = s.numel() >= SMALL and s.device.type == "cpu" and not traced
+    looks = s.numel() >= SMALL and s.device.type == "cpu" and not _traced()
     found = _few_steps(s, k, eps) if looks else None
     return sorted_form(s, k, eps, top=top) if found is None else found
 
@@ -263,7 +262,14 @@ def _like(value: float | Tensor, s: Tensor) -> float | Tensor:
 
 
 def _newton_rows(s: Tensor, k: float | Tensor, eps: float | Tensor) -> Tensor:
-    return _newton(s, _tensor(k, s), _tensor(eps, s))
+    # an operator of one's own takes as long as a third of the solution of a short row
+    solve = _until_rest if type(s) is Tensor and s.device.type == "cpu" and not _traced() else _newton
+    return solve(s, _tensor(k, s), _tensor(eps, s))
+
+
+def _traced() -> bool:
+    """Whether numbers may not be looked into: somebody records, or maps over, what is computed."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _tensor(value: float | Tensor, s: Tensor) -> Tensor:
@@ -285,6 +291,21 @@ def _newton(s: Tensor, k: Tensor, eps: Tensor) -> Tensor:
         from tevo.kernels.soft_topk import solve
 
         return solve(s, k, eps)
+    return _until_rest(s, k, eps)
+
+
+@_newton.register_fake
+def _(s: Tensor, k: Tensor, eps: Tensor) -> Tensor:
+    return torch.empty_like(s)
+
+
+@_newton.register_vmap
+def _(info: Any, dims: tuple[int | None, ...], s: Tensor, k: Tensor, eps: Tensor) -> tuple[Tensor, int]:
+    s, k, eps = _to_front(info.batch_size, dims, s, k, eps)
+    return _newton(s, k, eps), 0
+
+
+def _until_rest(s: Tensor, k: Tensor, eps: Tensor) -> Tensor:
     real = s > -math.inf
     count = real.sum(-1, keepdim=True)
     free = real & (k < count)
@@ -300,17 +321,6 @@ def _newton(s: Tensor, k: Tensor, eps: Tensor) -> Tensor:
             below = _below_one(s.dtype)
             return torch.where(free, (y / tau.to(s.dtype)).clamp(max=below), real.to(s.dtype))
         free &= ~over
-
-
-@_newton.register_fake
-def _(s: Tensor, k: Tensor, eps: Tensor) -> Tensor:
-    return torch.empty_like(s)
-
-
-@_newton.register_vmap
-def _(info: Any, dims: tuple[int | None, ...], s: Tensor, k: Tensor, eps: Tensor) -> tuple[Tensor, int]:
-    s, k, eps = _to_front(info.batch_size, dims, s, k, eps)
-    return _newton(s, k, eps), 0
 
 
 def _to_front(size: int, dims: tuple[int | None, ...], *inputs: Any) -> list[Any]:
@@ -345,7 +355,7 @@ class _SoftTopk(torch.autograd.Function):
         k, eps = (rest.pop(0) if number is None else number for number in ctx.numbers)
         w = torch.where(x < 1, x, 0.0)
         # the shares first: a row with one free entry then has a gradient of exactly 0
-        mean = (w / _positive(w.sum(-1, keepdim=True)) * g).sum(-1, keepdim=True)
+        mean = torch.linalg.vecdot(w / _positive(w.sum(-1, keepdim=True)), g)[..., None]
         ds = (g - mean) * w
         if not (isinstance(eps, float) and eps == 1.0):
             ds = ds / _like(eps, x)
