@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from tevo.functional import soft_topk as module
@@ -409,3 +410,9 @@ def test_scores_that_are_no_scores_are_refused() -> None:
 def test_no_schedule_is_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Iterations(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", ["exact", "newton"])
+def test_what_has_no_numbers_is_not_looked_into(solver: Solver) -> None:
+    with FakeTensorMode():
+        assert soft_topk(torch.empty(2, 2**14), 7.5, solver=solver).shape == (2, 2**14)

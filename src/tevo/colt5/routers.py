@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tevo.functional.masks import check_mask
 from tevo.functional.precision import island
-from tevo.functional.soft_topk import Solver, soft_topk
+from tevo.functional.soft_topk import Solver, readable, soft_topk
 from tevo.taps import tap
 
 __all__ = [
@@ -380,8 +380,7 @@ def choose_untied(ranking: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor] 
 
     Looks into the numbers, and so serves neither a graph of any kind nor a device that would have to be waited for.
     """
-    traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack()
-    if traced or ranking.device.type != "cpu" or slots == ranking.shape[-1]:
+    if torch.is_grad_enabled() or not readable(ranking) or slots == ranking.shape[-1]:
         return None
     best = ranking.topk(slots, -1)
     chosen = ranking >= best.values[:, -1:]

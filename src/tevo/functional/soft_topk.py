@@ -38,7 +38,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Iterations", "Solver", "soft_topk"]
+__all__ = ["Iterations", "Solver", "readable", "soft_topk"]
 
 # exp of this, times as many terms as a row may have, is finite in single precision; an entry so far above the ceil(k)-th
 # is taken, however far it is
@@ -197,7 +197,7 @@ def _all(s: Tensor, k: float | Tensor, eps: float | Tensor) -> Tensor:
 def _exact(s: Tensor, k: float | Tensor, eps: float | Tensor, *, top: int) -> Tensor:
     """Newton's steps where a few of them are enough, otherwise equation (3)."""
     # which of both looks into the numbers
-    looks = s.numel() >= SMALL and s.device.type == "cpu" and not _traced()
+    looks = s.numel() >= SMALL and readable(s)
     found = _few_steps(s, k, eps) if looks else None
     return sorted_form(s, k, eps, top=top) if found is None else found
 
@@ -263,13 +263,15 @@ def _like(value: float | Tensor, s: Tensor) -> float | Tensor:
 
 def _newton_rows(s: Tensor, k: float | Tensor, eps: float | Tensor) -> Tensor:
     # an operator of one's own takes as long as a third of the solution of a short row
-    solve = _until_rest if type(s) is Tensor and s.device.type == "cpu" and not _traced() else _newton
+    solve = _until_rest if readable(s) else _newton
     return solve(s, _tensor(k, s), _tensor(eps, s))
 
 
-def _traced() -> bool:
-    """Whether numbers may not be looked into: somebody records, or maps over, what is computed."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+def readable(x: Tensor) -> bool:
+    """Whether the numbers of ``x`` can be looked into, without waiting: nobody records, fakes, or maps over them."""
+    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _tensor(value: float | Tensor, s: Tensor) -> Tensor:
