@@ -61,11 +61,11 @@ def measure(shape: str, mode: str, variant: str) -> int:
     import torch
 
     from benchmarks.cases import slot_attention as cases
-    from tevo.bench.timing import _peak_bytes, _return_pages
+    from tevo.bench.timing import peak_bytes, return_pages
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    _return_pages()
+    return_pages()
 
     def run(size: cases.Shape) -> Callable[[], object]:
         module = cases.ours(size, **OURS.get(variant, {}))
@@ -75,7 +75,7 @@ def measure(shape: str, mode: str, variant: str) -> int:
     # what a first pass of any size loads is nobody's extra memory
     size = cases.SHAPES[shape]
     run(size._replace(b=1, n=64))()
-    return _peak_bytes(run(size))
+    return peak_bytes(run(size))
 
 
 if __name__ == "__main__":

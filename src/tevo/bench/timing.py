@@ -20,12 +20,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Server", "alternate", "child", "measure_block", "measure_lengths"]
+__all__ = [
+    "BOUND",
+    "Server",
+    "alternate",
+    "forked",
+    "measure_block",
+    "measure_lengths",
+    "peak_bytes",
+    "return_pages",
+]
 
 Job = dict[str, Any]
 Numbers = dict[str, Any]
@@ -53,12 +63,12 @@ def measure_block(job: Mapping[str, Any]) -> Numbers:
 
     torch.set_num_threads(job["threads"])
     if job["what"] == "memory":
-        _return_pages()
+        return_pages()
     _limit_memory()
     forward, train = _passes(job["build"], job["batch"], job["length"])
     if job["what"] == "time":
         return {"forward_s": _seconds(forward), "train_s": _seconds(train)}
-    return {"forward_bytes": _peak_bytes(forward), "train_bytes": _peak_bytes(train)}
+    return {"forward_bytes": peak_bytes(forward), "train_bytes": peak_bytes(train)}
 
 
 def _passes(build: Mapping[str, Any], batch: int, n: int) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -132,20 +142,6 @@ def measure_lengths(
     return results
 
 
-def child(module: str, job: Job, *, patience: float) -> Numbers:
-    """What ``python -m module JOB`` prints, as JSON, with the job's threads, each on a CPU of its own; or ``error``: why not."""
-    environment = {**os.environ, **BOUND, "OMP_NUM_THREADS": str(job["threads"])}
-    command = [sys.executable, "-m", module, json.dumps(job)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {patience} s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]}
-    answer: Numbers = json.loads(done.stdout)
-    return answer
-
-
 def alternate(parts: Sequence[str], turn: int) -> list[str]:
     """The parts in order, or in reverse order in odd turns: a drift of the machine's speed then hits all alike."""
     return list(parts) if turn % 2 == 0 else list(reversed(parts))
@@ -208,15 +204,15 @@ def _attempt(job: Job) -> Numbers:
         return {"error": "out of memory" if "allocate memory" in text or "out of memory" in text else text}
 
 
-def _forked(job: Job, patience: float) -> Numbers:
-    """Run the job in a fork, for at most ``patience`` seconds."""
+def forked(run: Callable[[], Numbers], patience: float) -> Numbers:
+    """What ``run`` gives in a fork within ``patience`` seconds, or ``error``: why it gave nothing."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(reading)
             with os.fdopen(writing, "w") as out:
-                out.write(json.dumps(_attempt(job)))
+                out.write(json.dumps(run()))
         finally:
             os._exit(0)
     os.close(writing)
@@ -234,6 +230,8 @@ def _forked(job: Job, patience: float) -> Numbers:
         # what the kernel's out-of-memory killer sends
         killed = os.WTERMSIG(status) == signal.SIGKILL
         return {"error": "out of memory" if killed else f"ended by signal {os.WTERMSIG(status)}"}
+    if not text:
+        return {"error": "ended without an answer"}
     numbers: Numbers = json.loads(text)
     return numbers
 
@@ -258,7 +256,7 @@ def _serve(patience: float) -> None:
             if (key := json.dumps(job["build"])) not in ready:
                 ready.add(key)
                 _import_for(job["build"])
-            answer = _forked(job, patience)
+            answer = forked(partial(_attempt, job), patience)
         else:
             # forking a process that uses the system's linear algebra is not safe elsewhere
             code = "import json, sys; from tevo.bench.timing import _attempt; print(json.dumps(_attempt(json.load(sys.stdin))))"
@@ -286,10 +284,15 @@ def _seconds(run: Callable[[], None]) -> list[float]:
     return [median(times), min(times)]
 
 
-def _peak_bytes(run: Callable[[], None]) -> int:
-    """Growth of the resident set to its highest point during a pass, not the first one."""
+def peak_bytes(run: Callable[[], None], *, first: Callable[[], None] | None = None) -> int:
+    """Growth of the resident set to its highest point during a pass, in bytes.
+
+    Args:
+        run: the pass.
+        first: runs before it, for what a first pass takes more than others; by default ``run`` itself.
+    """
     # thread pools, lazy tables, and pages of code, which a fork counts as its own when it first reads them
-    run()
+    (first or run)()
     gc.collect()
     if sys.platform != "linux":
         import resource
@@ -314,7 +317,7 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _return_pages() -> None:
+def return_pages() -> None:
     """Let glibc give freed blocks of 64 KiB and more back to the system at once; elsewhere nothing."""
     try:
         ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
