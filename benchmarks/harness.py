@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
@@ -23,6 +23,8 @@ from torch import Tensor
 WARM_UPS = 2
 ROUNDS = 11
 NOISY = 1.5
+# seconds; below it a variant's time hangs on what ran before it: after a long one half a millisecond doubles
+SHORT = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Case:
 
 
 def measure(case: Case, seconds: float) -> dict[str, object]:
-    """Check the variants, then time them in turn: A, B, C, A, B, C ...
+    """Check the variants, then time them in turn: A, B, C, A, B, C ..., each short one run once more just before.
 
     Args:
         case: what to time.
@@ -59,19 +61,24 @@ def measure(case: Case, seconds: float) -> dict[str, object]:
     Returns:
         ``rounds``; for every variant ``ratio`` (median over rounds of its time over the baseline's in that round),
         ``ratio_of_minima`` and ``spread`` (median over minimum of its own times); ``noisy``, the variants whose spread
-        is above ``NOISY``.
+        is above ``NOISY``; ``warmed``, the short ones.
 
     Raises:
         ValueError: if a variant computes something else than the baseline.
     """
     (case.check or (lambda: same_results(case)))()
-    for run in case.variants.values():
+    warmed = []
+    for name, run in case.variants.items():
         for _ in range(WARM_UPS):
+            begin = time.perf_counter()
             run()
+            last = time.perf_counter() - begin
+        if last < SHORT:
+            warmed.append(name)
     gc.collect()
     gc.disable()
     try:
-        rounds = _rounds(case, seconds)
+        rounds = _rounds(case, seconds, warmed)
     finally:
         gc.enable()
     times = {name: [r[name] for r in rounds] for name in case.variants}
@@ -88,15 +95,18 @@ def measure(case: Case, seconds: float) -> dict[str, object]:
             for name in case.variants
         },
         "noisy": [name for name in case.variants if spread[name] > NOISY],
+        "warmed": warmed,
     }
 
 
-def _rounds(case: Case, seconds: float) -> list[dict[str, float]]:
+def _rounds(case: Case, seconds: float, warmed: Collection[str]) -> list[dict[str, float]]:
     rounds: list[dict[str, float]] = []
     start = time.perf_counter()
     while True:
         times = {}
         for name, run in case.variants.items():
+            if name in warmed:
+                run()
             begin = time.perf_counter()
             result = run()
             times[name] = time.perf_counter() - begin

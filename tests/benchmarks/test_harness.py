@@ -32,12 +32,31 @@ def test_a_variant_that_sleeps_twice_as_long_shows_two():
     assert result["variants"]["short"]["ratio"] == 1.0
 
 
-def test_variants_take_turns():
+def test_variants_take_turns_and_short_ones_run_just_before():
     calls: list[str] = []
-    measure(Case(variants={n: sleeper(0.0, calls, n) for n in "abc"}, baseline="a"), seconds=0.05)
+    lengths = {"a": 0.0, "b": 0.025, "c": 0.0}
+    found = measure(Case(variants={n: sleeper(t, calls, n) for n, t in lengths.items()}, baseline="a"), seconds=0.5)
     timed = calls[4 + 6 :]  # after the comparison (the baseline once more) and two warm-ups of each
+    assert found["warmed"] == ["a", "c"]
     assert len(timed) >= 33
-    assert timed == ["a", "b", "c"] * (len(timed) // 3)
+    assert timed == ["a", "a", "b", "c", "c"] * (len(timed) // 5)
+
+
+def test_a_short_variant_does_not_pay_for_the_one_before_it():
+    paid = []
+
+    def first() -> torch.Tensor:
+        paid.clear()
+        return torch.ones(3)
+
+    def second() -> torch.Tensor:
+        if not paid:
+            time.sleep(0.01)
+        paid.append(True)
+        return torch.ones(3)
+
+    found = measure(Case(variants={"first": first, "second": second}, baseline="first"), seconds=0.5)
+    assert found["variants"]["second"]["ratio"] < 100  # 0.01 s are some 10,000 times as long as the first
 
 
 def test_a_wrong_variant_is_refused_before_timing():

@@ -61,6 +61,11 @@ def test_eps_is_the_soft_topks() -> None:
     assert routing.solver == "iterations"
 
 
+def test_with_one_router_the_keys_are_as_many_as_the_queries() -> None:
+    m, q, v = CoLT5Config(m=1 / 8, q=1 / 4, one_router=True).budgets()
+    assert (m.tokens(64), q.tokens(64), v.tokens(64)) == (8, 16, 16)
+
+
 def test_the_notes_form_has_its_router_and_global_tokens() -> None:
     config = CoLT5Config.note(global_tokens=2)
     assert isinstance(config.new_routing(), SoftmaxTopK)
@@ -91,6 +96,8 @@ def test_the_notes_form_has_its_router_and_global_tokens() -> None:
         ({"rotary": 0.0}, "rotary=0.0 and head_dim=64, expected a base above 0"),
         ({"rotary": 100.0, "head_dim": 5}, "an even head_dim"),
         ({"global_tokens": 1, "qk_norm": True}, "has no rotary, qk_norm or kv_heads; leave these out"),
+        ({"one_router": True, "v": 0.25}, "one_router=True with v=0.25 and global_tokens=None, expected neither"),
+        ({"one_router": True, "global_tokens": 1}, "and global_tokens=1, expected neither"),
         ({"lyers": 3}, "did you mean 'layers'"),
     ],
 )

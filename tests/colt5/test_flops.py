@@ -62,7 +62,14 @@ def test_formulas_give_the_studys_table(
 
 @pytest.mark.parametrize("n", [13, 300])
 @pytest.mark.parametrize(
-    "changes", [{}, {"m": 5, "v": 1.0}, {"m": 0.4}, {"light_heads": 4, "light_kv_heads": 2, "heavy_kv_heads": 1}]
+    "changes",
+    [
+        {},
+        {"m": 5, "v": 1.0},
+        {"m": 0.4},
+        {"one_router": True},
+        {"light_heads": 4, "light_kv_heads": 2, "heavy_kv_heads": 1},
+    ],
 )
 def test_the_encoders_formula_is_what_is_counted(n: int, changes: dict[str, float]) -> None:
     config = _small(**changes)

@@ -44,6 +44,17 @@ def test_choices_are_what_the_routers_tapped(folder: Path) -> None:
     assert float(found.weights[~found.routed].abs().max()) == 0
 
 
+def test_what_one_router_chooses_is_shown_for_queries_and_keys() -> None:
+    recipe = replace(SMALL, keys=1.0, one_router=True)
+    task = training.build_task(recipe)
+    torch.manual_seed(0)
+    model = training.build_model(recipe, task).eval()
+    found = inspection.choices(model, task.batch("valid", 0, 0, 2)["inputs"])
+    assert found.weights.shape == (2, 3, 2, 96)
+    assert torch.equal(found.weights[:, 0], found.weights[:, 1])
+    assert not torch.equal(found.weights[:, 0], found.weights[:, 2])
+
+
 def test_padding_is_never_among_the_choices() -> None:
     task = training.build_task(BYTES)
     torch.manual_seed(0)

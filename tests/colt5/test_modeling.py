@@ -549,3 +549,41 @@ def test_adapters_of_peft_find_their_targets(targets: object) -> None:
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(_ids(), decoder_input_ids=_ids(n=4)).logits, before)
     assert merged.generate(_ids(), max_new_tokens=3).shape[0] == 2
+
+
+def test_with_one_router_queries_and_keys_are_the_same_tokens_and_it_is_stored_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CoLT5ForConditionalGeneration(_config(one_router=True)).eval()
+    ids = torch.randint(2, 61, (2, 33))
+    with record() as seen:
+        wanted = model(input_ids=ids, decoder_input_ids=ids[:, :5]).logits
+    # the routers of a layer: one for attention, one for the feed-forward
+    assert len(seen["routed"]) == 2 * model.config.layers
+    for layer in model.encoder.layers:
+        assert layer.attention.kv_router is layer.attention.q_router
+    assert sum("router.weight" in name for name in model.state_dict()) == 2 * model.config.layers
+    model.save_pretrained(tmp_path)
+    again = CoLT5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(input_ids=ids, decoder_input_ids=ids[:, :5]).logits, wanted)
+    again.set_routed(m=1 / 2)
+    assert again.encoder.layers[0].attention.q_router.budget.fraction == pytest.approx(1 / 2)
+
+
+def test_the_shared_router_learns_from_both_of_its_uses() -> None:
+    torch.manual_seed(0)
+    config = _config(one_router=True, layers=1)
+    model = CoLT5EncoderModel(config).double()
+    twin = CoLT5EncoderModel(_config(q=1 / 4, v=1 / 4, layers=1)).double()
+    state = model.state_dict()
+    name = "encoder.layers.0.attention.{}_router"
+    state |= {key.replace("q_router", "kv_router"): value for key, value in state.items() if name.format("q") in key}
+    twin.load_state_dict(state)
+    x = torch.randn(2, 33, 12, dtype=torch.float64)
+    outputs = [one(inputs_embeds=x).last_hidden_state for one in (model, twin)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+    for out in outputs:
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    q, kv = (twin.get_parameter(name.format(which) + ".weight").grad for which in ("q", "kv"))
+    assert min(float(q.abs().max()), float(kv.abs().max())) > 1e-6
+    shared = model.get_parameter(name.format("q") + ".weight").grad
+    torch.testing.assert_close(shared, q + kv, rtol=1e-9, atol=1e-12)

@@ -81,6 +81,11 @@ def test_presets_resolve_and_read_back_equal(preset: str, tmp_path: Path) -> Non
         ),
         ({"routing": "none", "forced": True}, "forced is true for task=lookup and routing=none"),
         ({"looks": (-2,)}, r"looks are \(-2,\) for start=paper, which has none"),
+        ({"keys": 0.0}, "keys is 0.0 with one_router=False, expected a multiple above 0"),
+        ({"one_router": True}, "keys is 2.0 with one_router=True, expected .* 1 with one router"),
+        ({"keys": 1.0, "routing": "longt5"}, "for routing=longt5, which routes nothing"),
+        ({"cross_kv_heads": 3}, "cross_kv_heads is 3, expected a divisor of heads=4"),
+        ({"routing": "longt5", "forced": True}, "forced is true for task=lookup and routing=longt5"),
         ({"heavy_heads": 0}, "heavy_heads is 0, expected at least 1"),
         ({"dropout": 1.0}, "dropout is 1.0, expected a share"),
     ],
@@ -96,6 +101,8 @@ def test_recipes_need_no_torch() -> None:
 
 
 def test_options_that_came_later_do_not_change_the_content_of_runs_without_them() -> None:
-    assert not {"outlines", "forced"} & CoLT5Recipe().content().keys()
+    later = {"outlines", "forced", "keys", "one_router", "cross_kv_heads"}
+    assert not later & CoLT5Recipe().content().keys()
+    assert CoLT5Recipe(keys=1.0).content()["keys"] == 1.0
     assert CoLT5Recipe(forced=True, routing="static").content()["forced"] is True
     assert CoLT5Recipe(task="code", outlines=(9,)).content()["outlines"] == (9,)

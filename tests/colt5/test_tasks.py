@@ -124,6 +124,20 @@ def test_depth_is_uniform(name: str) -> None:
     assert (tenths - 0.1).abs().max() < 5 * math.sqrt(0.1 * 0.9 / 5000) + 0.035
 
 
+def test_a_fixed_depth_moves_the_key_and_nothing_else() -> None:
+    anywhere = Passkey(length=77, examples=9).batch("test", 0, 0, 9)
+    # 77 tokens less a question of 6 and a sentence of 10
+    for depth, start in ((0.0, 6), (0.5, 36), (1.0, 67)):
+        chosen = Passkey(length=77, depth=depth, examples=9)
+        batch = chosen.batch("test", 0, 0, 9)
+        assert (chosen.depth(**batch) * 77).round().tolist() == [start] * 9
+        assert torch.equal(batch["targets"], anywhere["targets"])
+        assert torch.equal(chosen.solve(batch["inputs"]), batch["targets"])
+        filler = [~Passkey(length=77).oracle(**rows).evidence for rows in (batch, anywhere)]
+        both = filler[0] & filler[1]
+        assert torch.equal(batch["inputs"][both], anywhere["inputs"][both])
+
+
 @pytest.mark.parametrize("name", ["passkey", "lookup", "documents"])
 def test_answers_are_alike_likely(name: str) -> None:
     chosen = {
@@ -220,6 +234,7 @@ def test_rows_are_the_same_on_every_machine() -> None:
     ("make", "message"),
     [
         (lambda: Passkey(length=16), "length=16 with digits=5, expected digits >= 1 and length >= 15"),
+        (lambda: Passkey(depth=1.5), "depth=1.5, expected a number from 0 to 1, or None"),
         (lambda: Lookup(questions=10), "questions=10, facts=64, names=64, expected hops >= 1, questions from 1 to 9"),
         (lambda: Lookup(facts=70), "facts=70, names=64"),
         (lambda: Lookup(hops=3, facts=11), "hops x questions <= facts"),

@@ -188,12 +188,17 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
         training.restore(tmp_path)
 
 
-def test_a_model_without_heavy_branches_refuses_forced_tokens() -> None:
+def test_keys_are_the_multiple_of_queries_that_the_recipe_says_in_training_and_evaluation() -> None:
     task = training.build_task(SMALL)
-    model = training.build_model(replace(SMALL, routing="none"), task)
     inputs = task.batch("valid", 0, 0, 1)["inputs"]
-    with pytest.raises(ValueError, match="LightLayer got forced or forbidden tokens"):
-        model.model.encoder(inputs, forced=inputs > 3)
+    for keys, share in ((0.5, 1 / 8), (3.0, 3 / 4), (9.0, 1.0)):
+        model = training.build_model(replace(SMALL, keys=keys), task)
+        model.eval()
+        model.encode(inputs)
+        assert model.model.budgets[2].fraction == pytest.approx(share)
+        model.train()
+        model.route(1 / 2)
+        assert model.model.budgets[2].fraction == pytest.approx(min(1.0, keys / 2))
 
 
 def test_recomputed_layers_give_the_same_loss() -> None:

@@ -42,6 +42,7 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
         m: share of tokens that take the heavy feed-forward.
         q: share of tokens that are queries of heavy attention; by default m.
         v: share of tokens that are its keys and values; by default 2 m.
+        one_router: whether one router chooses queries and keys, which are the same tokens then; by default there are two.
         rotary: base of rotary positions in both branches of the encoder (:class:`tevo.positions.rope.RoPE`), in place of its
             tables of distances; None for the tables, as in the paper.
         qk_norm: whether the encoder's queries and keys are normalised (:class:`tevo.colt5.layers.NormedTurn`).
@@ -93,6 +94,7 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
         m: Share = 1 / 16,
         q: Share | None = None,
         v: Share | None = None,
+        one_router: bool = False,
         rotary: float | None = None,
         qk_norm: bool = False,
         light_kv_heads: int | None = None,
@@ -117,7 +119,7 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
         self.cross_kv_heads, self.head_dim = cross_kv_heads, head_dim
         self.light_dim, self.heavy_dim, self.hidden_dim = light_dim, heavy_dim, hidden_dim
         self.radius, self.buckets, self.max_distance = radius, buckets, max_distance
-        self.m, self.q, self.v = m, q, v
+        self.m, self.q, self.v, self.one_router = m, q, v, one_router
         self.rotary, self.qk_norm = rotary, qk_norm
         self.light_kv_heads, self.heavy_kv_heads = light_kv_heads, heavy_kv_heads
         self.global_tokens, self.routing, self.eps = global_tokens, routing, eps
@@ -168,6 +170,8 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
         """Those of feed-forward, queries, and keys and values."""
         m = _budget("m", self.m)
         q = m if self.q is None else _budget("q", self.q)
+        if self.one_router:
+            return m, q, q
         if self.v is not None:
             return m, q, _budget("v", self.v)
         return m, q, Budget(min(2 * m.fraction, 1.0), None if m.at_most is None else 2 * m.at_most)
@@ -203,6 +207,11 @@ class CoLT5Config(PretrainedConfig):  # type: ignore[misc]
             raise ValueError(
                 f"CoLT5Config got global_tokens={self.global_tokens}, whose attention has no rotary, qk_norm or kv_heads; "
                 "leave these out"
+            )
+        if self.one_router and (self.v is not None or self.global_tokens is not None):
+            raise ValueError(
+                f"CoLT5Config got one_router=True with v={self.v} and global_tokens={self.global_tokens}, expected neither: the "
+                "keys are the queries' tokens then; leave them out"
             )
         if self.routing not in ROUTINGS:
             raise ValueError(f"CoLT5Config got routing={self.routing!r}, expected one of {', '.join(ROUTINGS)}")

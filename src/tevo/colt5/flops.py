@@ -55,7 +55,7 @@ def encoder_flops(config: CoLT5Config, n: int, *, window: float | None = None) -
         "heavy projections": 2 * 2 * c.dim * (q * heavy + v * heavy_kv * c.head_dim),
         "light attention": round(2 * 2 * n * w * light),
         "heavy attention": 2 * 2 * q * v * heavy,
-        "routers": 2 * 3 * n * c.dim,
+        "routers": 2 * (2 if c.one_router else 3) * n * c.dim,
     }
 
 

@@ -77,6 +77,11 @@ def choices(model: Answerer, inputs: Tensor) -> Choices:
     with record() as seen:
         encoded, _ = model.encode(inputs)
     places, weights = seen["routed"], seen["routing_weights"]
+    if model.model.config.one_router:
+        # what it says of the queries holds for the keys
+        places, weights = (
+            [one for q, ff in zip(x[::2], x[1::2], strict=True) for one in (q, q, ff)] for x in (places, weights)
+        )
     empty = encoded.new_zeros(inputs.shape)
     # slots without a token repeat the last one with weight 0
     all_weights = [empty.scatter_add(1, at, w.to(empty.dtype)) for at, w in zip(places, weights, strict=True)]

@@ -495,8 +495,11 @@ class ConditionalLayer(nn.Module):
         """``x`` (b, n, d) gives (b, n, d), zeros at padding; the rest is as for :class:`ConditionalAttention`."""
         check_mask("ConditionalLayer", mask, x.shape[0], x.shape[1])
         x = blank(x, mask)
-        y, (q, kv) = norm_and_scores(self.attention_norm, x, (self.attention.q_router, self.attention.kv_router))
-        y = self.attention(y, mask=mask, positions=positions, scores=(q, kv), forced=forced, forbidden=forbidden)
+        # one for both is asked once
+        routers = tuple(dict.fromkeys((self.attention.q_router, self.attention.kv_router)))
+        y, scores = norm_and_scores(self.attention_norm, x, routers)
+        scores = (scores[0], scores[-1])
+        y = self.attention(y, mask=mask, positions=positions, scores=scores, forced=forced, forbidden=forbidden)
         y = self._drop(y)
         x = y.add_(x) if ours(self.attention) and x.dtype == y.dtype else x + y
         y, (s,) = norm_and_scores(self.feed_forward_norm, x, (self.feed_forward.router,))

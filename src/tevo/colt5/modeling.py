@@ -170,6 +170,7 @@ class Encoder(nn.Module):
             Router(dim=c.dim, budget=budget, routing=c.new_routing(), slack=c.slack, total=c.total)
             for budget in c.budgets()
         )
+        v = q if c.one_router else v
         feed_forward = ConditionalFeedForward(
             dim=c.dim, light_dim=c.light_dim, heavy_dim=c.heavy_dim, router=m, dropout=c.dropout
         )
@@ -211,6 +212,10 @@ class Encoder(nn.Module):
             # the tables are the encoder's, so that a checkpoint has them once, whatever the number of layers
             del branch.bias
             object.__setattr__(branch, "bias", table)
+        if c.one_router:
+            # for the same reason
+            del made.kv_router
+            object.__setattr__(made, "kv_router", q)
         return made
 
     def forward(
@@ -391,7 +396,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     def set_routed(self, *, m: Share, q: Share | None = None, v: Share | None = None) -> None:
         """Route another share of the tokens from now on; what they mean is told by :class:`CoLT5Config`."""
-        changed = CoLT5Config(m=m, q=q, v=v).budgets()
+        changed = CoLT5Config(m=m, q=q, v=v, one_router=self.config.one_router).budgets()
         self.config.m, self.config.q, self.config.v = m, q, v
         for layer in self.encoder.layers:
             layer.feed_forward.router.budget, layer.attention.q_router.budget, layer.attention.kv_router.budget = (

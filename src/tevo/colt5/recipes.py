@@ -18,7 +18,7 @@ from tevo.training.base import Recipe, option
 __all__ = ["PRESETS", "CoLT5Recipe", "Place"]
 
 # fields that are younger than stored runs, which are named by their recipes' content
-_LATER: dict[str, Any] = {"outlines": (), "forced": False}
+_LATER: dict[str, Any] = {"outlines": (), "forced": False, "keys": 2.0, "one_router": False, "cross_kv_heads": 1}
 # part of a phase after which the share stays
 _ANNEALED = 0.8
 
@@ -59,8 +59,14 @@ class CoLT5Recipe(Recipe):
         (), "code: words kept from each def on, a number for each phase; 0 for the whole text, as in what is evaluated"
     )
     told: tuple[float, ...] = option((), "lookup: share of questions that say their answer, a number for each phase")
-    routing: Literal["learned", "static", "random", "none", "dense"] = option(
-        "learned", "learned, static, random, none (no heavy branch) or dense (it takes all tokens)"
+    routing: Literal["learned", "static", "random", "none", "dense", "longt5"] = option(
+        "learned",
+        "learned, static, random, none (no heavy branch), dense (it takes all tokens) or longt5 (its layers in the encoder, with "
+        "as many heads and twice the light width)",
+    )
+    keys: float = option(2.0, "keys and values among routed tokens, as a multiple of the queries; all tokens at most")
+    one_router: bool = option(
+        False, "one router chooses queries and keys, which are the same tokens then; needs keys=1"
     )
     forced: bool = option(False, "lookup, code: the questions' tokens are always among the routed ones")
     lengths: tuple[int, ...] = option((2048,), "tokens of an input, a number for each phase; the last is evaluated")
@@ -74,6 +80,9 @@ class CoLT5Recipe(Recipe):
     light_heads: int = option(1, "heads of the window")
     heavy_heads: int = option(3, "heads among routed tokens")
     heads: int = option(4, "heads of the decoder")
+    cross_kv_heads: int = option(
+        1, "heads of keys and values of the decoder's look at the encoder: 1, or a divisor of heads"
+    )
     head_dim: int = option(16, "width of a head")
     light_dim: int = option(64, "width inside the feed-forward of all tokens")
     heavy_dim: int = option(256, "width inside the feed-forward of routed tokens")
@@ -118,10 +127,19 @@ class CoLT5Recipe(Recipe):
             raise ValueError(f"outlines are {self.outlines} for task={self.task}, which has none; leave them out")
         if self.told and self.task != "lookup":
             raise ValueError(f"told is {self.told} for task={self.task}, which cannot tell; leave it out")
-        if self.forced and (self.task not in ("lookup", "code") or self.routing in ("none", "dense")):
+        if self.forced and (self.task not in ("lookup", "code") or self.routing in ("none", "dense", "longt5")):
             raise ValueError(
                 f"forced is true for task={self.task} and routing={self.routing}, expected lookup or code, of which some tokens "
                 "are routed; leave it out"
+            )
+        if not self.keys > 0 or (self.one_router and self.keys != 1):
+            raise ValueError(
+                f"keys is {self.keys} with one_router={self.one_router}, expected a multiple above 0, and 1 with one router"
+            )
+        if (self.keys != 2 or self.one_router) and self.routing in ("none", "longt5"):
+            raise ValueError(
+                f"keys is {self.keys} and one_router={self.one_router} for routing={self.routing}, which routes nothing; leave "
+                "them out"
             )
         if not all(0 <= told <= 1 for told in self.told):
             raise ValueError(f"told is {self.told}, expected shares from 0 to 1")
@@ -137,6 +155,8 @@ class CoLT5Recipe(Recipe):
         for name in ("dim", "layers", "decoder_layers", "light_heads", "heavy_heads", "heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.cross_kv_heads < 1 or self.heads % self.cross_kv_heads:
+            raise ValueError(f"cross_kv_heads is {self.cross_kv_heads}, expected a divisor of heads={self.heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected a share from 0 to below 1")
 

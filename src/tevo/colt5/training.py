@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import DynamicCache, EncoderDecoderCache
 
 from tevo.colt5.config import CoLT5Config
-from tevo.colt5.layers import ConditionalLayer
 from tevo.colt5.modeling import CoLT5ForConditionalGeneration
 from tevo.colt5.recipes import CoLT5Recipe
 from tevo.colt5.routers import SoftTopK
@@ -29,8 +28,8 @@ from tevo.colt5.start import copying_start, mimetic_start
 from tevo.colt5.tasks import Code, Documents, LongTask, Lookup, Modules, Passkey
 from tevo.colt5.tasks.contract import END, PAD, WordTask
 from tevo.colt5.tasks.modules import tokens_of
+from tevo.colt5.unrouted import LightLayer, LongLayer
 from tevo.contracts import Loss, Objective
-from tevo.functional.masks import blank
 from tevo.objectives.next_token import IGNORED, next_token_loss
 from tevo.taps import record
 from tevo.training import checkpoint
@@ -42,7 +41,6 @@ __all__ = [
     "Answerer",
     "Answers",
     "Curriculum",
-    "LightLayer",
     "build_model",
     "build_task",
     "curve",
@@ -55,7 +53,8 @@ __all__ = [
     "sharpness",
 ]
 
-_ROUTINGS = {"learned": "soft_topk", "static": "static", "random": "random", "none": "static", "dense": "static"}
+# what a model that routes nothing in the end is made with does not matter
+_ROUTINGS = {"learned": "soft_topk", "random": "random"}
 
 
 class Curriculum:
@@ -155,31 +154,6 @@ def _shown(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**rows, "shown": before.masked_fill(before == IGNORED, PAD)}
 
 
-class LightLayer(nn.Module):
-    """A layer without its heavy branches.
-
-    Args:
-        of: the layer whose light branches and norms it has.
-    """
-
-    def __init__(self, of: ConditionalLayer) -> None:
-        super().__init__()
-        self.attention_norm, self.attention = of.attention_norm, of.attention.light
-        self.feed_forward_norm, self.feed_forward = of.feed_forward_norm, of.feed_forward.light
-        self.dropout = of.dropout
-
-    def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, forced: Tensor | None = None, forbidden: Tensor | None = None
-    ) -> Tensor:
-        """``x`` (b, n, d), ``mask`` (b, n) give (b, n, d), zeros at padding. There is nothing to force or forbid."""
-        if forced is not None or forbidden is not None:
-            raise ValueError("LightLayer got forced or forbidden tokens, and routes none; leave them out")
-        x = blank(x, mask)
-        x = x + F.dropout(self.attention(self.attention_norm(x), mask=mask), self.dropout, self.training)
-        y = self.feed_forward(self.feed_forward_norm(x))
-        return blank(x + F.dropout(y, self.dropout, self.training), mask)
-
-
 class Answerer(nn.Module):
     """A CoLT5 whose padding is token 0, as a function from inputs and what is shown of the answers to logits.
 
@@ -187,12 +161,15 @@ class Answerer(nn.Module):
         model: the encoder-decoder.
         share: of the tokens that are routed in evaluation; None where nothing is routed.
         forced: the first tokens of an input, which are always among the routed ones.
+        keys: keys and values among routed tokens, as a multiple of the queries; None: the configuration's default.
     """
 
-    def __init__(self, *, model: CoLT5ForConditionalGeneration, share: float | None, forced: int = 0) -> None:
+    def __init__(
+        self, *, model: CoLT5ForConditionalGeneration, share: float | None, forced: int = 0, keys: float | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.share, self.forced = share, forced
+        self.share, self.forced, self.keys = share, forced, keys
 
     @property
     def checkpoint_activations(self) -> bool:
@@ -205,9 +182,9 @@ class Answerer(nn.Module):
         self.model._set_gradient_checkpointing(on, partial(recomputed, use_reentrant=False))
 
     def route(self, share: float) -> None:
-        """Route that share from now on, and twice as much as keys and values."""
+        """Route that share from now on, and as many times as much as keys and values."""
         if self.share is not None and self.model.config.m != share:
-            self.model.set_routed(m=share)
+            self.model.set_routed(m=share, v=None if self.keys is None else min(1.0, self.keys * share))
 
     def soften(self, eps: float) -> None:
         """Set the softness of every soft top-k."""
@@ -311,6 +288,7 @@ def build_model(recipe: CoLT5Recipe, task: Curriculum) -> Answerer:
     """A freshly initialised model; torch's global generator decides its weights."""
     learned = recipe.routing == "learned"
     share = 1.0 if recipe.routing == "dense" else recipe.shares[-1]
+    keys = None if recipe.one_router or recipe.keys == 2 else recipe.keys
     config = CoLT5Config(
         vocab_size=task.vocab,
         dim=recipe.dim,
@@ -319,13 +297,16 @@ def build_model(recipe: CoLT5Recipe, task: Curriculum) -> Answerer:
         light_heads=recipe.light_heads,
         heavy_heads=recipe.heavy_heads,
         heads=recipe.heads,
+        cross_kv_heads=recipe.cross_kv_heads,
         head_dim=recipe.head_dim,
         light_dim=recipe.light_dim,
         heavy_dim=recipe.heavy_dim,
         hidden_dim=recipe.hidden_dim,
         radius=recipe.radius,
         m=share,
-        routing=_ROUTINGS[recipe.routing],
+        v=None if keys is None else min(1.0, keys * share),
+        one_router=recipe.one_router,
+        routing=_ROUTINGS.get(recipe.routing, "static"),
         eps=recipe.eps[-1] if learned else None,
         dropout=recipe.dropout,
         tie_word_embeddings=recipe.tied,
@@ -337,12 +318,16 @@ def build_model(recipe: CoLT5Recipe, task: Curriculum) -> Answerer:
         mimetic_start(model, looks=recipe.looks)
     if recipe.start == "copying":
         copying_start(model)
-    if recipe.routing == "none":
+    if recipe.routing in ("none", "longt5"):
         layers: list[Any] = list(model.encoder.layers)
-        model.encoder.layers = nn.ModuleList(LightLayer(layer) for layer in layers)
+        model.encoder.layers = nn.ModuleList(
+            (LightLayer if recipe.routing == "none" else LongLayer)(of=layer) for layer in layers
+        )
         del model.encoder.heavy_bias
+        if recipe.routing == "longt5":
+            del model.encoder.light_bias
         return Answerer(model=model, share=None)
-    return Answerer(model=model, share=share, forced=task.asks if recipe.forced else 0)
+    return Answerer(model=model, share=share, forced=task.asks if recipe.forced else 0, keys=keys)
 
 
 class _OneToken(nn.Module):

@@ -9,8 +9,8 @@ With s sorted downwards and y = exp(s / eps),
 
 because the quotient grows with j for as long as y_j exp(a / eps) > 1: the best j counts the entries at 1 ("taken"; the
 others are "free"). So only the ceil(k) largest scores need sorting. *Newton* finds the set without sorting: assume all
-free, take those with x > 1, repeat. Where a few of its steps are enough, on many scores that spread little beside eps, the
-exact solver takes them instead. By the implicit function theorem, over the free entries, with p = x / sum of free x:
+free, take those with x > 1, repeat. Where a few of its steps are enough, on scores that spread little beside eps, the exact
+solver takes them instead. By the implicit function theorem, over the free entries, with p = x / sum of free x:
 
     ds = x (g - <p, g>) / eps,    dk = <p, g>,    deps = -<ds, log x>                                      (4)
 
@@ -43,8 +43,6 @@ __all__ = ["Iterations", "Solver", "readable", "soft_topk"]
 # exp of this, times as many terms as a row may have, is finite in single precision; an entry so far above the ceil(k)-th
 # is taken, however far it is
 _FAR = 60.0
-# scores below which calls from Python take longer than sorting
-SMALL = 2**14
 # the greatest less the mean score, in units of eps, up to which few of Newton's steps are enough; steps after which sorting
 # is no slower; the least share of the greatest term that loses no digits of single precision
 _LITTLE = 6.0
@@ -197,8 +195,7 @@ def _all(s: Tensor, k: float | Tensor, eps: float | Tensor) -> Tensor:
 def _exact(s: Tensor, k: float | Tensor, eps: float | Tensor, *, top: int) -> Tensor:
     """Newton's steps where a few of them are enough, otherwise equation (3)."""
     # which of both looks into the numbers
-    looks = s.numel() >= SMALL and readable(s)
-    found = _few_steps(s, k, eps) if looks else None
+    found = _few_steps(s, k, eps) if readable(s) else None
     return sorted_form(s, k, eps, top=top) if found is None else found
 
 
