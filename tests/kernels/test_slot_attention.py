@@ -199,10 +199,11 @@ def compiled_for_sm_90(name: str, x: str, precision: str, sizes: dict[str, Any])
     return int(registers[1]), int(spills[1]), made.metadata.shared
 
 
-def tile(name: str, width: int, slots: int) -> dict[str, Any]:
-    from tevo.kernels.slot_attention_triton import ALONE, STREAMED, tiling
+def tile(name: str, width: int, slots: int, precision: str = "tf32") -> dict[str, Any]:
+    from tevo.kernels.slot_attention_triton import ALONE, ALONE_EXACT, STREAMED, tiling
 
-    return {"D": width, "R": slots, **tiling(width, slots, ALONE if name == "dx_kernel" else STREAMED)}
+    alone = ALONE_EXACT if precision == "tf32x3" else ALONE
+    return {"D": width, "R": slots, **tiling(width, slots, alone if name == "dx_kernel" else STREAMED)}
 
 
 def slot_sizes(width: int, starts: bool) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def test_the_reference_sizes_spill_nothing_in_bfloat16(name: str) -> None:
 def test_every_pass_fits_an_sm_90(name: str, x: str, precision: str, widths: tuple[int, int]) -> None:
     triton()
     for width in widths:
-        _, spills, shared = compiled_for_sm_90(name, x, precision, tile(name, width, 11))
+        _, spills, shared = compiled_for_sm_90(name, x, precision, tile(name, width, 11, precision))
         # up to eight registers, one in thirty, go to the first cache in the widest kernels
         assert spills <= (0 if width == 64 else 32)
         assert shared <= SHARED

@@ -37,8 +37,9 @@ __all__ = [
 ]
 
 
-# tokens of a tile: of one that is followed by others, whose loads overlap; of one that several programs beside it must hide
-STREAMED, ALONE = 64, 32
+# tokens of a tile: of one that is followed by others, whose loads overlap; of one that several programs beside it must hide,
+# and of the latter where each product is made of three
+STREAMED, ALONE, ALONE_EXACT = 64, 32, 16
 
 
 def jit(kernel: Any) -> Any:
@@ -416,7 +417,7 @@ def tiling(width: int, rows: int, tokens: int) -> dict[str, int]:
         # a product's inner side has 16 rows at least
         "ROWS": max(16, triton.next_power_of_2(rows)),
         "TOKENS": tokens,
-        "num_warps": 4 if padded * tokens <= 2**11 else 8,
+        "num_warps": 4 if padded <= 64 and padded * tokens <= 2**11 else 8,
         "num_stages": 2,
     }
 
@@ -671,7 +672,7 @@ class _Source(torch.autograd.Function):
         if not used:
             return (None,) * 5
         b, n, d = x.shape
-        to = _launch(used[0], x, ctx.plan, ALONE)
+        to = _launch(used[0], x, ctx.plan, ALONE_EXACT if exact(x) else ALONE)
         q, offset, dtotal, dmass = (t.contiguous() for t in torch.cat(used, 1).split([d, 1, d, 1], -1))
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dx_kernel[triton.cdiv(n, to.options["TOKENS"]), b](
