@@ -76,3 +76,21 @@ def test_names_of_curves_that_end_at_zero_keep_apart_above_the_axis() -> None:
     picture = charts.lines({name: [(0, 1.0), (9, 0.0)] for name in "abc"}, label="step", title="three")
     rows = sorted(float(row) for row in re.findall(r'y="([\d.]+)"[^>]*>[abc] 0.00<', picture))
     assert len(rows) == 3 and rows[-1] <= 204 and all(b - a >= 13 for a, b in pairwise(rows))
+
+
+def test_a_long_name_of_a_row_of_dots_has_room() -> None:
+    name = "the paper's training on the same patches (5 seeds)"
+    chart = charts.dots([charts.Group(name, [50.0], False)], lines={}, title="t")
+    end = float(re.search(rf'<text x="([\d.]+)"[^>]*>{re.escape(name.replace(chr(39), "&#x27;"))}', chart)[1])
+    # letters of 13 px are 6.5 px wide on average
+    assert end >= 6.5 * len(name)
+    width = float(re.search(r'viewBox="0 0 (\d+)', chart)[1])
+    assert end < float(re.search(r'cx="([\d.]+)"', chart)[1]) < width
+
+
+def test_what_marks_the_training_keeps_away_from_a_low_point_there() -> None:
+    def height(points: list[tuple[int, float]]) -> float:
+        chart = charts.curve(points, label="x", mark=1, marked="as trained")
+        return float(re.search(r'y="([\d.]+)"[^>]*>as trained', chart)[1])
+
+    assert height([(1, 10.0), (2, 90.0)]) < height([(1, 90.0), (2, 10.0)])

@@ -10,6 +10,8 @@ from typing import NamedTuple
 __all__ = ["Bar", "Group", "bars", "curve", "dots", "lengths", "lines", "short"]
 
 _ROW, _LEFT, _RIGHT = 26, 262, 670
+# of a letter, at most
+_LETTER = 7.0
 
 
 class Bar(NamedTuple):
@@ -66,7 +68,10 @@ def curve(points: Sequence[tuple[int, float]], *, label: str, mark: int | None, 
         parts.append(
             f'<line x1="{column:.1f}" y1="{top}" x2="{column:.1f}" y2="{height - bottom}" class="axis" stroke-dasharray="4 3"/>'
         )
-        parts.append(_text(column + 4, height - bottom - 6, marked, "start", "dim"))
+        # where the line's own point is not
+        nearest = min(points, key=lambda point: abs(point[0] - mark))
+        row = top + 10 if nearest[1] < (low + high) / 2 else height - bottom - 6
+        parts.append(_text(column + 4, row, marked, "start", "dim"))
     path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in points)
     parts.append(f'<polyline points="{path}" fill="none" stroke="var(--us)" stroke-width="2"/>')
     for point in points:
@@ -175,12 +180,13 @@ def lengths(rows: Sequence[Bar], *, title: str) -> str:
 
 def dots(groups: Sequence[Group], *, lines: Mapping[str, float], title: str) -> str:
     """Every value in % as a dot, 0 to 100, one row for each group; ``lines`` are levels to compare with, each named."""
-    right = _RIGHT - 20
+    left = max(_LEFT, 16 + _LETTER * max((len(group.label) for group in groups), default=0))
+    right = left + _RIGHT - 20 - _LEFT
     bottom = len(groups) * 34 + 24 + 14 * len(lines)
     top = 14 * len(lines) + 8
 
     def at(value: float) -> float:
-        return _LEFT + min(max(value, 0.0), 100.0) / 100 * (right - _LEFT)
+        return left + min(max(value, 0.0), 100.0) / 100 * (right - left)
 
     parts = []
     for tick in range(0, 101, 20):
@@ -191,18 +197,18 @@ def dots(groups: Sequence[Group], *, lines: Mapping[str, float], title: str) -> 
         parts.append(
             f'<line x1="{x:.1f}" y1="{14 * i + 10}" x2="{x:.1f}" y2="{bottom}" stroke="var(--bad)" stroke-dasharray="4 3"/>'
         )
-        anchor, shift = ("start", 4) if x < (_LEFT + right) / 2 else ("end", -4)
+        anchor, shift = ("start", 4) if x < (left + right) / 2 else ("end", -4)
         parts.append(_text(x + shift, 14 * i + 14, f"{name} {value:.1f}", anchor, "dim"))
     for i, group in enumerate(groups):
         y = top + 22 + 34 * i
         fill = "var(--us)" if group.ours else "var(--them)"
-        parts.append(_text(_LEFT - 8, y + 4, group.label, "end"))
+        parts.append(_text(left - 8, y + 4, group.label, "end"))
         for j, value in enumerate(group.values):
             # equal values side by side would hide each other
             row = y + (-6, 0, 6)[j % 3]
             place = f'cx="{at(value):.1f}" cy="{row}" r="5"'
             parts.append(f'<circle {place} fill="{fill}" fill-opacity=".75"><title>{value:.1f} %</title></circle>')
-    return _svg(_RIGHT, bottom + 22, parts, title)
+    return _svg(round(right) + 20, bottom + 22, parts, title)
 
 
 def _svg(width: int, height: float, parts: Sequence[str], title: str) -> str:
