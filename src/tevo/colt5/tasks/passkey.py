@@ -3,7 +3,7 @@
     what is the pass key ? <word> <word> ... the pass key is 7 3 1 9 . <word> ...        7 3 1 9
 
 Nothing else in the text looks like a number, so that finding it needs no comparison with the question: this measures
-reach over depth and length. The place is uniform over the text.
+reach over depth and length. The place is uniform over the text, or fixed.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ class Passkey(WordTask):
     Args:
         length: tokens per input, >= 15 + 2 digits.
         digits: digits of the key, >= 1.
+        depth: where its sentence stands, from 0, right behind the question, to 1, at the end; None: anywhere.
         examples: rows of each held-out split.
     """
 
     name = "passkey"
     words = WORDS
 
-    def __init__(self, *, length: int = 2048, digits: int = 5, examples: int = 512) -> None:
+    def __init__(self, *, length: int = 2048, digits: int = 5, depth: float | None = None, examples: int = 512) -> None:
         if digits < 1 or length < 15 + 2 * digits:
             raise ValueError(
                 f"task 'passkey': length={length} with digits={digits}, expected digits >= 1 and length >= 15 + 2 digits"
             )
-        self.digits = digits
+        if depth is not None and not 0 <= depth <= 1:
+            raise ValueError(f"task 'passkey': depth={depth}, expected a number from 0 to 1, or None for any")
+        self.digits, self.at = digits, depth
         # begins, the digits, a full stop
         self.passage = len(BEGINNING) + digits + 1
         self.places = rooms(length - len(QUESTION), self.passage)
@@ -52,7 +55,13 @@ class Passkey(WordTask):
             chance=10.0**-digits,
             baselines={},
             draws=length + digits + self.places + 1,
-            facts={"length": length, "digits": digits, "examples": examples},
+            # without a depth as in records from before there was one
+            facts={
+                "length": length,
+                "digits": digits,
+                "examples": examples,
+                **({} if depth is None else {"depth": depth}),
+            },
         )
 
     def make(self, split: str, first: int, raw: Draws) -> tuple[Rows, Rows]:
@@ -60,8 +69,12 @@ class Passkey(WordTask):
         n, d = self.length, self.digits
         inputs = fill(raw[:, :n], np.arange(ZERO + 10, len(WORDS)))
         key = ZERO + fill(raw[:, n : n + d], np.arange(10))
-        start = spread(raw[:, n + d :], 1, first=len(QUESTION), last=n, width=self.passage)
-        inputs[:, : len(QUESTION)] = QUESTION
+        begin = len(QUESTION)
+        if self.at is None:
+            start = spread(raw[:, n + d :], 1, first=begin, last=n, width=self.passage)
+        else:
+            start = np.full((len(raw), 1), begin + round(self.at * (n - begin - self.passage)))
+        inputs[:, :begin] = QUESTION
         lead = np.broadcast_to(BEGINNING, (len(raw), len(BEGINNING)))
         stop = np.full((len(raw), 1), WORDS.index("."))
         np.put_along_axis(inputs, start + np.arange(self.passage), np.concatenate([lead, key, stop], 1), axis=1)
