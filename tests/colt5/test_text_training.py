@@ -16,9 +16,11 @@ from tests.training.chains import final_hash
 
 from tevo.cli import eval, generate, main, train
 from tevo.colt5 import text_training
+from tevo.colt5.text_recipes import TextRecipe
 from tevo.colt5.training import curve
 from tevo.training import checkpoint
 from tevo.training.progress import Silent
+from tevo.training.recipe import of_run
 
 # seconds: of all sizes the least
 SMALL = ["--dim", "16", "--layers", "1", "--heavy-heads", "1", "--heads", "2", "--length", "64", "--batch", "4"]
@@ -53,7 +55,7 @@ class Pulled(Silent):
 
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(home: Path, kind: str, tmp_path: Path) -> None:
-    recipe = text_training.stored_recipe(home / kind)
+    recipe = of_run(home / kind, TextRecipe)
     with pytest.raises(RuntimeError, match="pulled"):
         text_training.run(recipe, folder=tmp_path, watch=Pulled())
     assert text_training.run(recipe, folder=tmp_path).finished
@@ -61,7 +63,7 @@ def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(home: Path, kind: str
 
 
 def test_fine_tuning_begins_with_the_other_run_s_weights_and_sizes(home: Path, tmp_path: Path) -> None:
-    recipe = text_training.stored_recipe(home / "after")
+    recipe = of_run(home / "after", TextRecipe)
     assert (recipe.dim, recipe.layers, recipe.vocab, recipe.routing) == (16, 1, 384, "learned")
     # a step so small that nothing moves; share and dropout are fine-tuning's own
     text_training.run(replace(recipe, steps=1, lr=1e-12), folder=tmp_path)
@@ -73,7 +75,7 @@ def test_fine_tuning_begins_with_the_other_run_s_weights_and_sizes(home: Path, t
 
 
 def test_a_regular_text_is_learned(home: Path, tmp_path: Path) -> None:
-    recipe = text_training.stored_recipe(home / "before")
+    recipe = of_run(home / "before", TextRecipe)
     result = text_training.run(replace(recipe, steps=80, save_every=80, eval_every=80), folder=tmp_path)
     # chance is log2 384 = 8.6 bits; six steps leave it above 6
     assert result.score is not None

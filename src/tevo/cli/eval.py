@@ -155,9 +155,11 @@ def _check_shares(folder: str, options: Options, *, heavy: bool) -> None:
 def _slots(folder: str, options: Options) -> int:
     import torch
 
-    from tevo.slot_attention.training import evaluated, restore, stored_recipe
+    from tevo.slot_attention.recipes import SlotRecipe
+    from tevo.slot_attention.training import evaluated, restore
+    from tevo.training.recipe import of_run
 
-    scenes = _other_scenes(stored_recipe(Path(folder)), options)
+    scenes = _other_scenes(of_run(Path(folder), SlotRecipe), options)
     recipe, task, model, step = restore(Path(folder), scenes=scenes)
     model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
     each = [

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from tevo import charts, pages
+from tevo.colt5.answerer import Answerer
 from tevo.colt5.inspection import TEMPLATES, choices, describe_run, heat_map, maps, sentences, survey
 from tevo.colt5.reading import Reading, held_out, long_text, read
 from tevo.colt5.recipes import CoLT5Recipe
-from tevo.colt5.training import Answerer, Curriculum, open_run
+from tevo.colt5.training import Curriculum, open_run
 
 __all__ = ["SHIPPED", "Asked", "asked", "make_page", "read_record"]
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from tevo import charts, pages
+from tevo.colt5.answerer import Answerer
 from tevo.colt5.reading import held_out
 from tevo.colt5.recipes import CoLT5Recipe
-from tevo.colt5.training import Answerer, Curriculum, curve, open_run
+from tevo.colt5.training import Curriculum, curve, open_run
 from tevo.taps import record
 
 __all__ = [

@@ -8,10 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-import torch
-from torch import Tensor, nn
-
-from tevo.bench.tasks.contract import IGNORED
+from tevo.colt5.answerer import Answerer, Answers, measured
 from tevo.colt5.config import CoLT5Config
 from tevo.colt5.modeling import CoLT5ForConditionalGeneration
 from tevo.colt5.objectives import Denoising, vocab_for
@@ -20,54 +17,16 @@ from tevo.colt5.scorers import score_set
 from tevo.colt5.tasks.contract import END, PAD
 from tevo.colt5.text_recipes import SIZES, FinetuneRecipe, PretrainRecipe, TextRecipe
 from tevo.colt5.tokens import tokens_from
-from tevo.colt5.training import Answerer, measured, sharpness
-from tevo.contracts import Loss, Objective
-from tevo.objectives.next_token import next_token_loss
-from tevo.taps import record
 from tevo.training import checkpoint
 from tevo.training.loop import Result, restore_model, train
 from tevo.training.optimizers import OPTIMIZERS, SCHEDULES
 from tevo.training.progress import Watch
-from tevo.training.recipe import read
+from tevo.training.recipe import of_run
 
-__all__ = ["TextLoss", "build_model", "build_task", "complete", "generated", "measured", "restore", "run"]
+__all__ = ["build_model", "build_task", "complete", "generated", "measured", "restore", "run"]
 
 TextTask: TypeAlias = "Denoising | Records"
 R = TypeVar("R", bound=TextRecipe)
-
-
-class TextLoss(Objective):
-    """Mean negative log-likelihood of the targets, along the recipe's schedules of share and softness.
-
-    Args:
-        recipe: has the schedules.
-    """
-
-    step: Tensor
-
-    def __init__(self, recipe: TextRecipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
-        """``batch`` of inputs, shown and targets; the model is an :class:`tevo.colt5.training.Answerer`."""
-        assert isinstance(model, Answerer)
-        step = int(self.step)
-        model.route(self.recipe.share(step))
-        model.soften(self.recipe.softness(step))
-        with record() as seen:
-            logits = model(batch["inputs"], batch["shown"])
-        parts = {"sharpness": sharpness(seen["routing_weights"])} if self.recipe.routing == "learned" else {}
-        return Loss(next_token_loss(logits, batch["targets"]), parts)
-
-    def items(self, batch: dict[str, Tensor]) -> Tensor:
-        """Scored targets."""
-        return (batch["targets"] != IGNORED).sum()
-
-    def after_step(self) -> None:
-        """Count."""
-        self.step += 1
 
 
 def build_task(recipe: TextRecipe) -> TextTask:
@@ -130,7 +89,7 @@ def complete(recipe: R) -> R:
     if not isinstance(recipe, FinetuneRecipe) or not recipe.from_run:
         return recipe
     folder = Path(recipe.from_run)
-    start = stored_recipe(folder)
+    start = of_run(folder, TextRecipe)
     plain = {f.name: f.default for f in fields(recipe)}
     for name in SIZES:
         asked, has = getattr(recipe, name), getattr(start, name)
@@ -167,7 +126,7 @@ def run(recipe: TextRecipe, *, folder: Path, watch: Watch | None = None) -> Resu
     return train(
         recipe,
         build=build,
-        objective=TextLoss(recipe),
+        objective=Answers(recipe),
         task=task,
         folder=folder,
         watch=watch,
@@ -185,27 +144,13 @@ def _weights_of(folder: Path) -> str:
     return str(files["tensors.safetensors"]["sha256"])
 
 
-def stored_recipe(folder: Path) -> TextRecipe:
-    """The recipe of a run.
-
-    Raises:
-        ValueError: the folder is not a run of CoLT5 on text.
-    """
-    if not (folder / "recipe.json").is_file():
-        raise ValueError(f"{folder} is not a run: it has no recipe.json; expected a folder that `tevo train` made")
-    recipe = read(folder / "recipe.json")
-    if not isinstance(recipe, TextRecipe):
-        raise ValueError(f"{folder} is a run of kind {recipe.kind!r}, expected colt5-pretrain or colt5-finetune")
-    return recipe
-
-
 def restore(folder: Path) -> tuple[TextRecipe, TextTask, Answerer, int]:
     """A run's recipe, task and model with the weights of its newest checkpoint, and the step they are of.
 
     Raises:
         ValueError: the folder is not a run of CoLT5 on text, or its checkpoint is damaged.
     """
-    recipe = stored_recipe(folder)
+    recipe = of_run(folder, TextRecipe)
     task = build_task(recipe)
     model = build_model(recipe, task)
     return recipe, task, model, restore_model(model, folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +17,23 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
-from transformers import DynamicCache, EncoderDecoderCache
 
+from tevo.colt5.answerer import Answerer, Answers, measured
 from tevo.colt5.config import CoLT5Config
 from tevo.colt5.modeling import CoLT5ForConditionalGeneration
 from tevo.colt5.recipes import CoLT5Recipe
-from tevo.colt5.routers import SoftTopK
 from tevo.colt5.start import copying_start, mimetic_start
 from tevo.colt5.tasks import Code, Documents, LongTask, Lookup, Modules, Passkey
 from tevo.colt5.tasks.contract import END, PAD, WordTask
 from tevo.colt5.tasks.modules import tokens_of
 from tevo.colt5.unrouted import LightLayer, LongLayer
-from tevo.contracts import Loss, Objective
-from tevo.objectives.next_token import IGNORED, next_token_loss
-from tevo.taps import record
+from tevo.objectives.next_token import IGNORED
 from tevo.training import checkpoint
 from tevo.training.loop import Result, restore_model, train
 from tevo.training.progress import Watch
-from tevo.training.recipe import read
+from tevo.training.recipe import of_run
 
 __all__ = [
-    "Answerer",
-    "Answers",
     "Curriculum",
     "build_model",
     "build_task",
@@ -50,7 +44,6 @@ __all__ = [
     "question_tokens",
     "restore",
     "run",
-    "sharpness",
 ]
 
 # what a model that routes nothing in the end is made with does not matter
@@ -154,131 +147,6 @@ def _shown(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**rows, "shown": before.masked_fill(before == IGNORED, PAD)}
 
 
-class Answerer(nn.Module):
-    """A CoLT5 whose padding is token 0, as a function from inputs and what is shown of the answers to logits.
-
-    Args:
-        model: the encoder-decoder.
-        share: of the tokens that are routed in evaluation; None where nothing is routed.
-        forced: the first tokens of an input, which are always among the routed ones.
-        keys: keys and values among routed tokens, as a multiple of the queries; None: the configuration's default.
-    """
-
-    def __init__(
-        self, *, model: CoLT5ForConditionalGeneration, share: float | None, forced: int = 0, keys: float | None = None
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.share, self.forced, self.keys = share, forced, keys
-
-    @property
-    def checkpoint_activations(self) -> bool:
-        """Whether layers are computed again in the backward pass."""
-        return self.model.encoder.gradient_checkpointing
-
-    @checkpoint_activations.setter
-    def checkpoint_activations(self, on: bool) -> None:
-        # the public switches have other names in each release
-        self.model._set_gradient_checkpointing(on, partial(recomputed, use_reentrant=False))
-
-    def route(self, share: float) -> None:
-        """Route that share from now on, and as many times as much as keys and values."""
-        if self.share is not None and self.model.config.m != share:
-            self.model.set_routed(m=share, v=None if self.keys is None else min(1.0, self.keys * share))
-
-    def soften(self, eps: float) -> None:
-        """Set the softness of every soft top-k."""
-        for module in self.model.modules():
-            if isinstance(module, SoftTopK):
-                module.eps.fill_(eps)
-
-    def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``inputs`` (b, n) give the encoder's output (b, n, d), and the mask (b, n) where there is padding."""
-        if not self.training and self.share is not None:
-            self.route(self.share)
-        mask = None if inputs.is_meta else inputs != PAD
-        mask = None if mask is None or bool(mask.all()) else mask
-        forced = None
-        if self.forced:
-            forced = (torch.arange(inputs.shape[1], device=inputs.device) < self.forced).expand_as(inputs)
-        return self.model.encoder(inputs, mask, forced=forced).last_hidden_state, mask
-
-    def forward(self, inputs: Tensor, shown: Tensor) -> Tensor:
-        """``inputs`` (b, n) and ``shown`` (b, t) give logits (b, t, V)."""
-        encoded, mask = self.encode(inputs)
-        return self.model(
-            encoder_outputs=(encoded,), attention_mask=mask, decoder_input_ids=shown, use_cache=False
-        ).logits
-
-    @torch.no_grad()
-    def answer(self, inputs: Tensor, *, most: int) -> Tensor:
-        """Greedily decoded answers (b, t <= most) to ``inputs`` (b, n), padding behind their ends."""
-        encoded, mask = self.encode(inputs)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        token, done, found = inputs.new_full((len(inputs), 1), PAD), inputs.new_zeros(len(inputs)).bool(), []
-        for _ in range(most):
-            out = self.model(
-                encoder_outputs=(encoded,),
-                attention_mask=mask,
-                decoder_input_ids=token,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            token = out.logits[:, -1:].argmax(-1).masked_fill(done[:, None], PAD)
-            found.append(token)
-            done = done | (token[:, 0] == END)
-            if done.all():
-                break
-        return torch.cat(found, 1)
-
-
-class Answers(Objective):
-    """Mean negative log-likelihood of the answers' tokens, along the recipe's schedules of share and softness.
-
-    Parts: exact matches of the batch, and the sharpness of the weights where they are learned.
-
-    Args:
-        recipe: has the schedules.
-        task: says what is exact.
-    """
-
-    step: Tensor
-
-    def __init__(self, recipe: CoLT5Recipe, task: Curriculum) -> None:
-        super().__init__()
-        self.recipe, self.task = recipe, task
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
-        """``batch`` as :meth:`Curriculum.batch`; the model is an :class:`Answerer`."""
-        assert isinstance(model, Answerer)
-        step = int(self.step)
-        model.route(self.recipe.share(step))
-        model.soften(self.recipe.softness(step))
-        with record() as seen:
-            logits = model(batch["inputs"], batch["shown"])
-        targets = batch["targets"]
-        right, count = self.task.score(logits.detach(), targets)
-        parts = {"exact_match": (right / count).float()}
-        if self.recipe.routing == "learned":
-            parts["sharpness"] = sharpness(seen["routing_weights"])
-        return Loss(next_token_loss(logits, targets), parts)
-
-    def items(self, batch: dict[str, Tensor]) -> Tensor:
-        """Scored targets."""
-        return (batch["targets"] != IGNORED).sum()
-
-    def after_step(self) -> None:
-        """Count."""
-        self.step += 1
-
-
-def sharpness(weights: list[Tensor]) -> Tensor:
-    """Sum of w^2 over sum of w, the mean over routers: 1 where weights are 0 and 1, less the flatter they are."""
-    each = [(w.square().sum() / w.sum().clamp(min=1e-12)).float() for w in weights]
-    return torch.stack(each).mean()
-
-
 def build_task(recipe: CoLT5Recipe) -> Curriculum:
     """The recipe's task, phase by phase."""
     return Curriculum(recipe)
@@ -330,22 +198,6 @@ def build_model(recipe: CoLT5Recipe, task: Curriculum) -> Answerer:
     return Answerer(model=model, share=share, forced=task.asks if recipe.forced else 0, keys=keys)
 
 
-class _OneToken(nn.Module):
-    """The logits of the answer's first token."""
-
-    def __init__(self, answerer: Answerer) -> None:
-        super().__init__()
-        self.answerer = answerer
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.answerer(inputs, torch.zeros_like(inputs[:, :1]))
-
-
-def measured(model: Answerer) -> nn.Module:
-    """What a dry run measures: a module from a batch's inputs to one tensor, with a decoder of one token."""
-    return _OneToken(model)
-
-
 def run(recipe: CoLT5Recipe, *, folder: Path, watch: Watch | None = None) -> Result:
     """Train the recipe's model in ``folder``, from its newest checkpoint on."""
     task = build_task(recipe)
@@ -359,27 +211,13 @@ def run(recipe: CoLT5Recipe, *, folder: Path, watch: Watch | None = None) -> Res
     )
 
 
-def stored_recipe(folder: Path) -> CoLT5Recipe:
-    """The recipe of a run.
-
-    Raises:
-        ValueError: the folder is not a run of CoLT5.
-    """
-    if not (folder / "recipe.json").is_file():
-        raise ValueError(f"{folder} is not a run: it has no recipe.json; expected a folder that `tevo train` made")
-    recipe = read(folder / "recipe.json")
-    if not isinstance(recipe, CoLT5Recipe):
-        raise ValueError(f"{folder} is a run of kind {recipe.kind!r}, expected one of colt5")
-    return recipe
-
-
 def restore(folder: Path) -> tuple[CoLT5Recipe, Curriculum, Answerer, int]:
     """A run's recipe, task and model with the weights of its newest checkpoint, and the step they are of.
 
     Raises:
         ValueError: the folder is not a run of CoLT5, or its checkpoint is damaged.
     """
-    recipe = stored_recipe(folder)
+    recipe = of_run(folder, CoLT5Recipe)
     task = build_task(recipe)
     model = build_model(recipe, task)
     return recipe, task, model, restore_model(model, folder)
@@ -388,7 +226,7 @@ def restore(folder: Path) -> tuple[CoLT5Recipe, Curriculum, Answerer, int]:
 def open_run(folder: Path) -> tuple[CoLT5Recipe, Curriculum, Answerer, int]:
     """As :func:`restore`, of a run or a packed one, whose step is the recipe's last; the model is in evaluation mode."""
     if (folder / "weights.safetensors").is_file():
-        recipe = stored_recipe(folder)
+        recipe = of_run(folder, CoLT5Recipe)
         task = build_task(recipe)
         model, step = build_model(recipe, task), recipe.steps
         try:

@@ -43,7 +43,7 @@ from tevo.slot_attention.presets import DropPath
 from tevo.slot_attention.recipes import SlotRecipe
 from tevo.training.loop import Result, restore_model, train
 from tevo.training.progress import Watch
-from tevo.training.recipe import read
+from tevo.training.recipe import of_run
 
 __all__ = [
     "THRESHOLDS",
@@ -61,7 +61,6 @@ __all__ = [
     "measured",
     "restore",
     "run",
-    "stored_recipe",
 ]
 
 SlotModel = SlotAutoencoder | SlotSetPredictor
@@ -501,20 +500,6 @@ def evaluated(
         model.train(training)
 
 
-def stored_recipe(folder: Path) -> SlotRecipe:
-    """The recipe of a run.
-
-    Raises:
-        ValueError: the folder is not a slot model's run.
-    """
-    if not (folder / "recipe.json").is_file():
-        raise ValueError(f"{folder} is not a run: it has no recipe.json; expected a folder that `tevo train` made")
-    recipe = read(folder / "recipe.json")
-    if not isinstance(recipe, SlotRecipe):
-        raise ValueError(f"{folder} is a run of kind {recipe.kind!r}, expected a slot model's")
-    return recipe
-
-
 def restore(folder: Path, *, scenes: SceneSet | None = None) -> tuple[SlotRecipe, SlotTask | SetTask, SlotModel, int]:
     """A run's recipe, task and model with the weights of its newest checkpoint, and the step they are of.
 
@@ -525,7 +510,7 @@ def restore(folder: Path, *, scenes: SceneSet | None = None) -> tuple[SlotRecipe
     Raises:
         ValueError: the folder is not a slot model's run, or its checkpoint is damaged.
     """
-    recipe = stored_recipe(folder)
+    recipe = of_run(folder, SlotRecipe)
     task = build_task(recipe, scenes)
     model = build_model(recipe, task)
     return recipe, task, model, restore_model(model, folder)

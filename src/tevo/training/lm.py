@@ -11,7 +11,7 @@ from tevo.models.causal_lm import CausalLM
 from tevo.objectives.next_token import NextToken
 from tevo.training.loop import Result, restore_model, train
 from tevo.training.progress import Watch
-from tevo.training.recipe import LanguageModelRecipe, read
+from tevo.training.recipe import LanguageModelRecipe, of_run
 
 __all__ = ["build_model", "build_task", "measured", "restore", "run"]
 
@@ -72,11 +72,7 @@ def restore(folder: Path) -> tuple[LanguageModelRecipe, Task, CausalLM, int]:
     Raises:
         ValueError: the folder is not a language model's run, or its checkpoint is damaged.
     """
-    if not (folder / "recipe.json").is_file():
-        raise ValueError(f"{folder} is not a run: it has no recipe.json; expected a folder that `tevo train` made")
-    recipe = read(folder / "recipe.json")
-    if not isinstance(recipe, LanguageModelRecipe):
-        raise ValueError(f"{folder} is a run of kind {recipe.kind!r}, expected a language model's")
+    recipe = of_run(folder, LanguageModelRecipe)
     task = build_task(recipe)
     model = build_model(recipe, task)
     return recipe, task, model, restore_model(model, folder)

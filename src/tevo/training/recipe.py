@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "SlotRecipe",
     "differences",
+    "of_run",
     "read",
     "resolve",
 ]
@@ -115,6 +116,21 @@ def read(file: Path) -> Recipe:
     if not isinstance(kind, str) or kind not in RECIPES:
         raise ValueError(f"{file}:{line}: unknown kind {kind!r}{suggest(str(kind), RECIPES)}")
     return resolve(RECIPES[kind], file=file)
+
+
+def of_run(folder: Path, kind: type[R]) -> R:
+    """The recipe of a run in ``folder``.
+
+    Raises:
+        ValueError: the folder is not a run, or one of another kind.
+    """
+    if not (folder / "recipe.json").is_file():
+        raise ValueError(f"{folder} is not a run: it has no recipe.json; expected a folder that `tevo train` made")
+    recipe = read(folder / "recipe.json")
+    if not isinstance(recipe, kind):
+        names = " or ".join(name for name, cls in RECIPES.items() if issubclass(cls, kind))
+        raise ValueError(f"{folder} is a run of kind {recipe.kind!r}, expected one of {names}")
+    return recipe
 
 
 def differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
