@@ -234,10 +234,18 @@ def page(stored: Mapping[str, Any]) -> str:
             else f". Command: `{stored['command']}`."
         ),
         "",
-        f"Machine: {machine['cpu']}, {machine['threads']} threads, {machine['system']}, Python {machine['python']}, torch "
-        f"{machine['torch']}, transformers {stored['transformers']}.",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['system']}, Python "
+        f"{machine['python']}, torch {machine['torch']}, transformers {stored['transformers']}. {_load(cells)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _load(cells: Sequence[Mapping[str, Any]]) -> str:
+    """How busy the machine was with other work."""
+    loads = [c["load"] for c in cells]
+    if not loads:
+        return ""
+    return f"Its load average before a row was {min(loads):.1f} to {max(loads):.1f}, which lengthens seconds, but not memory."
 
 
 def main() -> int:
