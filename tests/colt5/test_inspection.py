@@ -141,3 +141,15 @@ def test_a_model_that_routes_nothing_has_no_picture() -> None:
     model = training.build_model(replace(SMALL, routing="none"), task)
     with pytest.raises(ValueError, match="this model has no heavy branch"):
         inspection.choices(model, task.batch("valid", 0, 0, 1)["inputs"])
+
+
+@pytest.mark.parametrize(
+    ("routing", "said"),
+    [
+        ("learned", "; learned routing of 0.25 of them; step"),
+        ("longt5", "; LongT5's encoder; step"),
+        ("none", "no heavy branch"),
+    ],
+)
+def test_a_run_is_said_to_route_what_it_routes(routing: str, said: str) -> None:
+    assert said in inspection.describe_run(replace(SMALL, routing=routing), 3)

@@ -188,9 +188,14 @@ def describe_run(recipe: CoLT5Recipe, step: int) -> str:
     """One line on what was trained."""
     what = f"modules, {recipe.ask}" if recipe.task == "modules" else recipe.task
     tokens = "bytes" if recipe.task == "modules" else "words"
+    routed = {
+        "none": "no heavy branch",
+        "dense": "all of them take the heavy branch",
+        "longt5": "LongT5's encoder",
+    }.get(recipe.routing, f"{recipe.routing} routing of {recipe.shares[-1]:.4g} of them")
     return (
-        f"{what}, {recipe.lengths[-1]:,} {tokens}; {recipe.routing} routing of {recipe.shares[-1]:.4g} of them; step {step} of "
-        f"{recipe.steps}, seed {recipe.seed}; {recipe.layers} layers of width {recipe.dim}"
+        f"{what}, {recipe.lengths[-1]:,} {tokens}; {routed}; step {step} of {recipe.steps}, seed {recipe.seed}; {recipe.layers} "
+        f"layers of width {recipe.dim}"
     )
 
 
