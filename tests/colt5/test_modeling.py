@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import runpy
 import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -587,3 +588,23 @@ def test_the_shared_router_learns_from_both_of_its_uses() -> None:
     assert min(float(q.abs().max()), float(kv.abs().max())) > 1e-6
     shared = model.get_parameter(name.format("q") + ".weight").grad
     torch.testing.assert_close(shared, q + kv, rtol=1e-9, atol=1e-12)
+
+
+def test_without_a_graph_the_inputs_of_layers_are_let_go_unless_they_are_asked_for() -> None:
+    torch.manual_seed(0)
+    model = CoLT5EncoderModel(_config(layers=4)).eval()
+    ids, alive = torch.randint(2, 61, (1, 33)), []
+
+    def seen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        before.append(weakref.ref(inputs[0]))
+        alive.append(sum(ref() is not None for ref in before))
+
+    for layer in model.encoder.layers:
+        layer.register_forward_pre_hook(seen)
+    for asked, expected in ((None, [1, 1, 1, 1]), (True, [1, 2, 3, 4])):
+        before: list[weakref.ref[Tensor]] = []
+        alive.clear()
+        with torch.no_grad():
+            out = model(ids, output_hidden_states=asked)
+        assert alive == expected
+        assert (out.hidden_states is None) == (asked is None)

@@ -256,13 +256,14 @@ class Encoder(nn.Module):
         _refuse_float16(x)
         mask = _tokens_mask("attention_mask", attention_mask, x)
         x = self.dropout(x)
-        states = [x]
-        for layer in self.layers:
-            x = self._run(layer, x, mask, forced, forbidden)
-            states.append(x)
-        x = self.dropout(self.norm(x))
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        out = BaseModelOutput(last_hidden_state=x, hidden_states=(*states[:-1], x) if keep else None)
+        # the inputs of all layers would be most of what a long text needs
+        states: list[Tensor] = []
+        for layer in self.layers:
+            states += [x] if keep else []
+            x = self._run(layer, x, mask, forced, forbidden)
+        x = self.dropout(self.norm(x))
+        out = BaseModelOutput(last_hidden_state=x, hidden_states=(*states, x) if keep else None)
         return out if return_dict is None or return_dict else out.to_tuple()
 
     def _run(
