@@ -88,6 +88,15 @@ def test_presets_resolve_and_read_back_equal(preset: str, tmp_path: Path) -> Non
         ({"routing": "longt5", "forced": True}, "forced is true for task=lookup and routing=longt5"),
         ({"heavy_heads": 0}, "heavy_heads is 0, expected at least 1"),
         ({"dropout": 1.0}, "dropout is 1.0, expected a share"),
+        ({"what": "sort"}, "what is sort for task=lookup, expected task=rearrange; leave it out"),
+        ({"task": "listops", "marked": 3}, "marked is 3 for task=listops, expected task=rearrange"),
+        ({"task": "rearrange", "depth": 4}, "depth is 4 for task=rearrange, expected task=listops"),
+        ({"children": 4}, "children is 4 for task=lookup, expected task=listops"),
+        ({"task": "rearrange", "told": (0.5,)}, "told is .* for task=rearrange, which cannot tell"),
+        (
+            {"task": "listops", "forced": True},
+            "forced is true for task=listops and routing=learned, expected lookup or",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(options: dict[str, object], sentence: str) -> None:
@@ -101,8 +110,9 @@ def test_recipes_need_no_torch() -> None:
 
 
 def test_options_that_came_later_do_not_change_the_content_of_runs_without_them() -> None:
-    later = {"outlines", "forced", "keys", "one_router", "cross_kv_heads"}
+    later = {"outlines", "forced", "keys", "one_router", "cross_kv_heads", "what", "marked", "depth", "children"}
     assert not later & CoLT5Recipe().content().keys()
     assert CoLT5Recipe(keys=1.0).content()["keys"] == 1.0
     assert CoLT5Recipe(forced=True, routing="static").content()["forced"] is True
     assert CoLT5Recipe(task="code", outlines=(9,)).content()["outlines"] == (9,)
+    assert CoLT5Recipe(task="rearrange", what="sort").content()["what"] == "sort"

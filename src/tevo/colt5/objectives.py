@@ -1,23 +1,32 @@
-"""Pre-training on plain text: T5's span corruption and the mixture UL2 of CoLT5.
+"""Pre-training on plain text: T5's span corruption, the mixture UL2 of CoLT5, and the gap sentences of PEGASUS.
 
     noise tokens   round(n p), at least 1 and at most n - 1;   spans   round(noise / s), at least 1                (1)
     inputs   text with each span replaced by a sentinel, then the end                                            (2)
     targets  each sentinel and its span, then the end                                                             (3)
     prefix   inputs: the first half of the text and the end; targets: the other half and the end                  (4)
+    gaps     inputs: text with its principal sentences replaced by one sentinel each, all the same; targets: they (5)
+    score    of a sentence of the set of words A, in a text whose other sentences have B: 2 |A & B| / (|A| + |B|) (6)
 
 with p the share of noise and s the mean span. Both noise and the rest are cut into as many stretches, all cuts alike likely, and
 a text begins with an uncorrupted stretch. UL2 here: the prefix form with p = 1/2, and spans of mean 3, 8 and 64 with p = 0.15,
 equally often. A text is as long as makes the inputs (2) exactly as long as is asked for: for 4,096 inputs it has 4,550, 4,714 or
 4,805 tokens, and its targets 910, 796 or 733. Sentinels count down from the greatest token, as in T5.
 
+A sentence ends behind a line's end, and behind a full stop, an exclamation or a question mark before a space; one that is longer
+than the gaps may be is cut. Those of the greatest score (6) are taken, each scored by itself, while they are no more than 0.3 of
+the text's tokens: PEGASUS takes 0.3 of the sentences, which in a text of few long ones may be nearly all of it.
+
 Source: T5 (1910.10683), section 3.1.4; UL2 (2205.05131); CoLT5 (2303.09752), sections 3 and 4, which gives p of the prefix form
-and leaves its lengths open: here its targets are as long as the longest of the others.
+and leaves its lengths open: here its targets are as long as the longest of the others. PEGASUS (1912.08777), section 3.1, in its
+form Ind-Uniq.
 
 Letters: n tokens of a text.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,14 +41,18 @@ from tevo.colt5.tokens import ByteTokens, Tokens
 from tevo.data.text import Corpus, files_corpus, stdlib_corpus
 
 __all__ = [
+    "GAP_SENTENCES",
     "MIXTURES",
     "SPAN_CORRUPTION",
     "UL2",
     "Denoising",
+    "Gaps",
     "Spans",
     "bits",
     "corrupted",
+    "gapped",
     "lengths_of",
+    "sentences",
     "shown",
     "text_length",
     "vocab_for",
@@ -53,9 +66,23 @@ class Spans(NamedTuple):
     span: float | None
 
 
+class Gaps(NamedTuple):
+    """Share of the tokens that principal sentences take at most."""
+
+    share: float
+
+
 SPAN_CORRUPTION = (Spans(0.15, 3.0),)
 UL2 = (Spans(0.5, None), Spans(0.15, 3.0), Spans(0.15, 8.0), Spans(0.15, 64.0))
-MIXTURES = {"span_corruption": SPAN_CORRUPTION, "ul2": UL2}
+GAP_SENTENCES = (Gaps(0.3),)
+MIXTURES: dict[str, tuple[Spans | Gaps, ...]] = {
+    "span_corruption": SPAN_CORRUPTION,
+    "ul2": UL2,
+    "gap_sentences": GAP_SENTENCES,
+}
+# where a line ends behind a mark, its end belongs to the sentence
+_END = re.compile(r"[.!?][^\S\n]")
+_WORD = re.compile(r"\w+")
 
 
 def lengths_of(tokens: int, kind: Spans) -> tuple[int, int]:
@@ -114,16 +141,62 @@ def _cut(tokens: int, parts: int, raw: Draws) -> Rows:
     return np.diff(np.concatenate([[0], places, [tokens]]))
 
 
-def texts_of(kinds: Sequence[Spans], length: int) -> list[int]:
+def sentences(text: Rows, tokens: Tokens, *, most: int) -> list[int]:
+    """Where the sentences of a text (n,) end, in tokens; none has more than ``most``."""
+    read: dict[tuple[int, ...], str] = {}
+
+    def says(*some: int) -> str:
+        if some not in read:
+            read[some] = tokens.text(some)
+        return read[some]
+
+    ends, begin, given = [], 0, text.tolist()
+    for at, token in enumerate(given, 1):
+        said = says(token)
+        # of pieces only two together say whether there is a space between them
+        mark = said.rstrip().endswith((".", "!", "?")) and at < len(given)
+        if at - begin == most or "\n" in said or (mark and _END.search(says(token, given[at]))):
+            ends.append(at)
+            begin = at
+    return ends if begin == len(given) else [*ends, len(given)]
+
+
+def gapped(text: Rows, kind: Gaps, tokens: Tokens, *, sentinel: int) -> tuple[Rows, Rows]:
+    """Inputs and targets of a text (n,) whose principal sentences are left out (eq. 5)."""
+    room = max(1, int(kind.share * len(text)))
+    ends = sentences(text, tokens, most=room)
+    parts = np.split(text, ends[:-1])
+    words = [set(_WORD.findall(tokens.text(part.tolist()).lower())) for part in parts]
+    often = Counter(word for each in words for word in each)
+    scores = []
+    for each in words:
+        # of the other sentences
+        others = len(often) - sum(often[word] == 1 for word in each)
+        shared = sum(often[word] > 1 for word in each)
+        scores.append(2 * shared / max(len(each) + others, 1))
+    chosen: set[int] = set()
+    for i in sorted(range(len(parts)), key=lambda i: -scores[i]):
+        # what shares no word is never principal, unless nothing is
+        if len(parts[i]) <= room and (scores[i] > 0 or not chosen):
+            chosen.add(i)
+            room -= len(parts[i])
+    end, gap = np.array([END]), np.array([sentinel])
+    inputs = [gap if i in chosen else part for i, part in enumerate(parts)]
+    return np.concatenate([*inputs, end]), np.concatenate([*(parts[i] for i in sorted(chosen)), end])
+
+
+def texts_of(kinds: Sequence[Spans | Gaps], length: int) -> list[int]:
     """Tokens of a text of each kind whose inputs are ``length`` at most; of the prefix form as its targets allow."""
-    most = max(lengths_of(text_length(length, kind), kind)[1] for kind in kinds if kind.span is not None)
-    return [text_length(length, kind, targets=most) for kind in kinds]
+    spans = [kind for kind in kinds if isinstance(kind, Spans)]
+    most = max((lengths_of(text_length(length, kind), kind)[1] for kind in spans if kind.span is not None), default=0)
+    # a gap is no longer than its sentence
+    return [text_length(length, kind, targets=most) if isinstance(kind, Spans) else length - 1 for kind in kinds]
 
 
-def sentinels_of(kinds: Sequence[Spans], length: int) -> int:
-    """The most spans of a text."""
+def sentinels_of(kinds: Sequence[Spans | Gaps], length: int) -> int:
+    """The most different sentinels of a text."""
     both = zip(texts_of(kinds, length), kinds, strict=True)
-    return max(_counts(n, kind.noise, kind.span)[1] for n, kind in both if kind.span)
+    return max(_counts(n, kind.noise, kind.span)[1] if isinstance(kind, Spans) and kind.span else 1 for n, kind in both)
 
 
 def vocab_for(tokens: Tokens, *, mixture: str, length: int) -> int:
@@ -131,7 +204,7 @@ def vocab_for(tokens: Tokens, *, mixture: str, length: int) -> int:
     return -(-(tokens.size + max(100, sentinels_of(_kinds(mixture), length))) // 128) * 128
 
 
-def _kinds(mixture: str) -> tuple[Spans, ...]:
+def _kinds(mixture: str) -> tuple[Spans | Gaps, ...]:
     if mixture not in MIXTURES:
         raise ValueError(f"task 'denoising': mixture={mixture!r}, expected one of {', '.join(MIXTURES)}")
     return MIXTURES[mixture]
@@ -223,7 +296,11 @@ class Denoising(Task):
             # spread over the split, so that few rows show much of it
             start = room * (first + row) // self.examples if split in HELD_OUT else int(below(numbers[:1], room)[0])
             window = text[start : start + tokens].astype(np.int64) + self.tokens.offset
-            pairs.append(corrupted(window, self.kinds[which], numbers[1:], first_sentinel=self.vocab - 1))
+            kind, last = self.kinds[which], self.vocab - 1
+            if isinstance(kind, Gaps):
+                pairs.append(gapped(window, kind, self.tokens, sentinel=last))
+            else:
+                pairs.append(corrupted(window, kind, numbers[1:], first_sentinel=last))
         wide = [max(len(pair[side]) for pair in pairs) for side in (0, 1)]
         inputs = np.full((len(raw), wide[0]), PAD, dtype=np.int64)
         targets = np.full((len(raw), wide[1]), IGNORED, dtype=np.int64)

@@ -18,7 +18,19 @@ from tevo.training.base import Recipe, option
 __all__ = ["PRESETS", "CoLT5Recipe", "Place"]
 
 # fields that are younger than stored runs, which are named by their recipes' content
-_LATER: dict[str, Any] = {"outlines": (), "forced": False, "keys": 2.0, "one_router": False, "cross_kv_heads": 1}
+_LATER: dict[str, Any] = {
+    "outlines": (),
+    "forced": False,
+    "keys": 2.0,
+    "one_router": False,
+    "cross_kv_heads": 1,
+    "what": "copy",
+    "marked": 4,
+    "depth": 10,
+    "children": 10,
+}
+# options that one task alone has
+_OWN = {"what": "rearrange", "marked": "rearrange", "depth": "listops", "children": "listops"}
 # part of a phase after which the share stays
 _ANNEALED = 0.8
 
@@ -43,16 +55,23 @@ class CoLT5Recipe(Recipe):
     weight_decay: float = option(0.01, "AdamW decay; never of vectors and scalars")
     betas: tuple[float, float] = option((0.9, 0.98), "AdamW averages")
     examples: int = option(200, "held-out rows per evaluation")
-    task: Literal["lookup", "documents", "passkey", "code", "modules"] = option(
-        "lookup", "lookup, documents, passkey (made words), code or modules (words or bytes of the standard library)"
+    task: Literal["lookup", "documents", "passkey", "listops", "rearrange", "code", "modules"] = option(
+        "lookup",
+        "lookup, documents, passkey, listops, rearrange (made words), code or modules (words or bytes of the standard library)",
     )
     ask: Literal["signature", "classes", "docstring", "changed"] = option(
         "signature", "modules: signature, classes, docstring or changed"
     )
     questions: int = option(4, "lookup, code: names asked for in each input")
+    what: Literal["copy", "reverse", "selective", "sort"] = option(
+        "copy", "rearrange: copy, reverse (marked words that stand together), selective or sort (that stand apart)"
+    )
+    marked: int = option(4, "rearrange: words with a mark")
+    depth: int = option(10, "listops: levels of a tree")
+    children: int = option(10, "listops: the most of an operation")
     hops: int = option(1, "lookup: names to follow until a value is reached")
     names: int = option(64, "lookup: different names; code: tokens for names")
-    values: int = option(32, "lookup: different values")
+    values: int = option(32, "lookup: different values; rearrange: different words to mark")
     parameters: int = option(3, "code: most parameters of a function that is asked for")
     facts: tuple[int, ...] = option((), "lookup, documents: facts or documents of an input, a number for each phase")
     outlines: tuple[int, ...] = option(
@@ -127,6 +146,11 @@ class CoLT5Recipe(Recipe):
             raise ValueError(f"outlines are {self.outlines} for task={self.task}, which has none; leave them out")
         if self.told and self.task != "lookup":
             raise ValueError(f"told is {self.told} for task={self.task}, which cannot tell; leave it out")
+        for name, task in _OWN.items():
+            if self.task != task and getattr(self, name) != _LATER[name]:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} for task={self.task}, expected task={task}; leave it out"
+                )
         if self.forced and (self.task not in ("lookup", "code") or self.routing in ("none", "dense", "longt5")):
             raise ValueError(
                 f"forced is true for task={self.task} and routing={self.routing}, expected lookup or code, of which some tokens "

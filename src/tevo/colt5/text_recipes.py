@@ -134,8 +134,8 @@ class PretrainRecipe(TextRecipe):
     warmup: float = option(0.1, "share of the steps in which the rate rises; with inverse_sqrt, in which it rests")
     examples: int = option(64, "held-out rows per evaluation")
     data: str = option("", "your own file or folder; empty: Python's standard library")
-    mixture: Literal["ul2", "span_corruption"] = option(
-        "ul2", "ul2 (three kinds of spans and prefixes) or span_corruption"
+    mixture: Literal["ul2", "span_corruption", "gap_sentences"] = option(
+        "ul2", "ul2 (three kinds of spans and prefixes), span_corruption, or gap_sentences (PEGASUS: whole sentences)"
     )
     length: int = option(1024, "tokens of an input")
 

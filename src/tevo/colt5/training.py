@@ -23,7 +23,7 @@ from tevo.colt5.config import CoLT5Config
 from tevo.colt5.modeling import CoLT5ForConditionalGeneration
 from tevo.colt5.recipes import CoLT5Recipe
 from tevo.colt5.start import copying_start, mimetic_start
-from tevo.colt5.tasks import Code, Documents, LongTask, Lookup, Modules, Passkey
+from tevo.colt5.tasks import Code, Documents, ListOps, LongTask, Lookup, Modules, Passkey, Rearrange
 from tevo.colt5.tasks.contract import END, PAD, WordTask
 from tevo.colt5.tasks.modules import tokens_of
 from tevo.colt5.unrouted import LightLayer, LongLayer
@@ -127,6 +127,10 @@ def _task(recipe: CoLT5Recipe, phase: int) -> LongTask:
         return Modules(ask=recipe.ask, length=length, examples=examples)
     if recipe.task == "passkey":
         return Passkey(length=length, examples=examples)
+    if recipe.task == "listops":
+        return ListOps(length=length, depth=recipe.depth, children=recipe.children, examples=examples)
+    if recipe.task == "rearrange":
+        return Rearrange(what=recipe.what, length=length, marked=recipe.marked, values=recipe.values, examples=examples)
     if recipe.task == "documents":
         # as many as have the room that each has in 2,048 tokens of 16
         return Documents(length=length, examples=examples, documents=max(1, length // 128) if facts is None else facts)
