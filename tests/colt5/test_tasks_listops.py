@@ -273,6 +273,31 @@ def test_what_cannot_be_made_is_refused(options: dict[str, int], sentence: str) 
         ListOps(**options)
 
 
+def test_a_recipe_s_phases_are_of_this_task() -> None:
+    pytest.importorskip("transformers")
+    from tevo.colt5.recipes import CoLT5Recipe
+    from tevo.colt5.training import build_task
+    from tevo.training.recipe import resolve
+
+    task = build_task(resolve(CoLT5Recipe, preset="listops", children=3, examples=9))
+    assert [one.facts for one in task.tasks] == [
+        {"task": "listops", "length": n, "depth": 4, "children": 3, "examples": 9} for n in (12, 24, 48)
+    ]
+    assert task.answer_length == 2 and task.chance == 0.1
+
+
+def test_a_list_can_be_asked_for_as_other_questions_are() -> None:
+    pytest.importorskip("transformers")
+    from tevo.colt5.reading import long_text, pieces_of
+    from tevo.colt5.training import question_tokens
+
+    chosen = TASKS["small"]()
+    text, question, right = long_text(chosen, "test")
+    tokens = question_tokens(chosen, question, text)
+    assert chosen.text(chosen.solve(tokens)[0]) == right
+    assert "".join(pieces_of(chosen, tokens[0])).strip() == f"{question} {text}"
+
+
 def test_rows_are_the_same_on_every_machine() -> None:
     rows = [make().batch(split, 0, 0, 4) for make in TASKS.values() for split in ("train", "valid")]
     total = hashlib.sha256(

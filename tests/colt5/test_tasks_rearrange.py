@@ -139,6 +139,18 @@ def _ordered(what: str, words: torch.Tensor) -> torch.Tensor:
     return words.sort().values if what == "sort" else words.flip(0) if what == "reverse" else words
 
 
+def test_a_recipe_s_phases_are_of_this_task() -> None:
+    pytest.importorskip("transformers")
+    from tevo.colt5.recipes import CoLT5Recipe
+    from tevo.colt5.training import build_task
+    from tevo.training.recipe import resolve
+
+    task = build_task(resolve(CoLT5Recipe, preset="rearrange", what="reverse", values=20))
+    assert [one.facts["length"] for one in task.tasks] == [32, 64, 128, 512, 2048]
+    assert {(one.facts["what"], one.facts["marked"], one.facts["values"]) for one in task.tasks} == {("reverse", 4, 20)}
+    assert task.answer_length == 5
+
+
 def test_rows_are_the_same_on_every_machine() -> None:
     rows = [make().batch("valid", 0, 0, 9) for make in TASKS.values()]
     total = hashlib.sha256(
