@@ -246,14 +246,16 @@ def _needle(needle: str, cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
     lines += _head("routing", "what it is", "seeds", *heads)
     for routing in present:
-        seeds = len({cell["seed"] for cell in cells if cell["routing"] == routing})
+        counts = sorted({len(of(routing, n)) for n in lengths})
+        # not all lengths may be there yet
+        seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         scores = [spread([cell["exact_match"] for cell in of(routing, n)], scale=100) for n in lengths]
-        lines.append(_row(routing, WORDS[routing], str(seeds), *scores))
+        lines.append(_row(routing, WORDS[routing], seeds, *scores))
     if needle == "key":
-        counts = f"Keys for each model and length, each at {len(DEPTHS)} depths: {texts(len(DEPTHS))}."
+        asked = f"Keys for each model and length, each at {len(DEPTHS)} depths: {texts(len(DEPTHS))}."
     else:
-        counts = f"Texts for each model and length: {texts(1)}."
-    lines += ["", counts, "", "Learned, by depth:", "", *_head("depth", *heads)]
+        asked = f"Texts for each model and length: {texts(1)}."
+    lines += ["", asked, "", "Learned, by depth:", "", *_head("depth", *heads)]
     for index, depth in enumerate(DEPTHS):
         name = f"{100 * depth:.0f} %" if needle == "key" else f"{20 * index} to {20 * index + 20} %"
         columns = [[cell["by_depth"][index] for cell in of("learned", n)] for n in lengths]

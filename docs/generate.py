@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import colt5_long, colt5_needle, colt5_routing, slot_language, slot_variants
+from benchmarks import colt5_ablations, colt5_long, colt5_needle, colt5_routing, slot_language, slot_variants
 from tevo.card import CLAIMS, ROLES, Card
 from tevo.catalogue.rows import PACKAGE, Row, list_systems
 from tevo.cli.show import citation, evidence_lines
@@ -109,8 +109,8 @@ def index(names: list[str]) -> str:
         "cost, evidence, citation.",
         "- [Benchmarks](benchmarks.md): the cores against the plain forms and the peers, from stored runs.",
         "- Slot Attention: [every seed](slots.md), [its variants](slots_variants.md), [language](slots_language.md). "
-        "CoLT5: [learned routing against static](colt5_routing.md), [long inputs](colt5_long.md), "
-        "[needles](colt5_needle.md).",
+        "CoLT5: [learned routing against static](colt5_routing.md), [ablations](colt5_ablations.md), "
+        "[long inputs](colt5_long.md), [needles](colt5_needle.md).",
         "- [Design](design.md): how the house is built, and why.",
         "",
     ]
@@ -204,6 +204,7 @@ def pages() -> dict[Path, str]:
         ("slots_language", slot_language),
         ("slots_variants", slot_variants),
         ("colt5_routing", colt5_routing),
+        ("colt5_ablations", colt5_ablations),
         ("colt5_long", colt5_long),
         ("colt5_needle", colt5_needle),
     ):
