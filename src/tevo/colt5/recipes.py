@@ -258,7 +258,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "save_every": 650,
         "threads": 2,
     },
-    # minutes on a core: four marked words among 2,048 are sorted, or, with another ``what``, copied
+    # minutes on a core: four marked words among 2,048 are sorted, or copied or reversed; what=selective is not learned by it
     "rearrange": {
         "task": "rearrange",
         "what": "sort",
