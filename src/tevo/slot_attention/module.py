@@ -241,7 +241,9 @@ class SlotAttention(nn.Module):
         """Whether :meth:`_usual_step` is this module's iteration and the fastest form of it, and nobody looks inside."""
         graphed, mean = torch.is_grad_enabled(), self.aggregation
         return (
-            x.numel() < (core.MANY if graphed else core.MORE)
+            # first: a size that is asked for is a limit of what is exported
+            not torch.compiler.is_compiling()
+            and x.numel() < (core.MANY if graphed else core.MORE)
             # frozen inputs need a norm without a gradient
             and (x.requires_grad or not graphed)
             and self._absorbed is None
@@ -254,7 +256,6 @@ class SlotAttention(nn.Module):
             and x.dtype == slots.dtype == self.q.weight.dtype
             and x.dtype in (torch.float32, torch.float64)
             and not taps.watched()
-            and not torch.compiler.is_compiling()
             and not kernels.runs(x, slots.shape[1])
             and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
             and core.absorption_pays(
