@@ -153,3 +153,6 @@ def test_a_model_that_routes_nothing_has_no_picture() -> None:
 )
 def test_a_run_is_said_to_route_what_it_routes(routing: str, said: str) -> None:
     assert said in inspection.describe_run(replace(SMALL, routing=routing), 3)
+    assert inspection.describe_run(replace(SMALL, task="rearrange", what="sort", facts=()), 3).startswith(
+        "rearrange, sort, 96"
+    )

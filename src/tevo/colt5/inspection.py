@@ -186,7 +186,8 @@ def maps(pieces: Sequence[str], weights: Tensor, marked: Tensor | None = None) -
 
 def describe_run(recipe: CoLT5Recipe, step: int) -> str:
     """One line on what was trained."""
-    what = f"modules, {recipe.ask}" if recipe.task == "modules" else recipe.task
+    which = {"modules": recipe.ask, "rearrange": recipe.what}.get(recipe.task)
+    what = recipe.task if which is None else f"{recipe.task}, {which}"
     tokens = "bytes" if recipe.task == "modules" else "words"
     routed = {
         "none": "no heavy branch",
