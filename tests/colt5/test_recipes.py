@@ -84,6 +84,7 @@ def test_presets_resolve_and_read_back_equal(preset: str, tmp_path: Path) -> Non
         ({"keys": 0.0}, "keys is 0.0 with one_router=False, expected a multiple above 0"),
         ({"one_router": True}, "keys is 2.0 with one_router=True, expected .* 1 with one router"),
         ({"keys": 1.0, "routing": "longt5"}, "for routing=longt5, which routes nothing"),
+        ({"keys": 0.5, "routing": "dense"}, "for routing=dense, which routes nothing or all"),
         ({"cross_kv_heads": 3}, "cross_kv_heads is 3, expected a divisor of heads=4"),
         ({"routing": "longt5", "forced": True}, "forced is true for task=lookup and routing=longt5"),
         ({"heavy_heads": 0}, "heavy_heads is 0, expected at least 1"),

@@ -163,10 +163,10 @@ class CoLT5Recipe(Recipe):
             raise ValueError(
                 f"keys is {self.keys} with one_router={self.one_router}, expected a multiple above 0, and 1 with one router"
             )
-        if (self.keys != 2 or self.one_router) and self.routing in ("none", "longt5"):
+        if (self.keys != 2 or self.one_router) and self.routing in ("none", "dense", "longt5"):
             raise ValueError(
-                f"keys is {self.keys} and one_router={self.one_router} for routing={self.routing}, which routes nothing; leave "
-                "them out"
+                f"keys is {self.keys} and one_router={self.one_router} for routing={self.routing}, which routes nothing or "
+                "all; leave them out"
             )
         if not all(0 <= told <= 1 for told in self.told):
             raise ValueError(f"told is {self.told}, expected shares from 0 to 1")
